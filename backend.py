@@ -1,0 +1,66 @@
+"""Which path runs, and why.
+
+Every mechanism of this project has a plain-torch form, the specification. Where a machine offers something faster, the
+choice is made here, from what the tensors are (device, dtype), never from a global switch; the table that train.py prints at
+its start says what was chosen and why, so that no fallback is silent.
+"""
+import importlib.util
+import os
+import platform
+
+import torch
+
+from configs import UserError
+
+# Dense BF16 peak of the GPUs we can name, in FLOP/s: the vendors' data sheets. An unknown GPU gets no MFU, not a wrong one.
+PEAK_BF16 = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
+
+
+def device(name):
+    """'auto', 'cpu', 'cuda' or 'mps' -> torch.device. UserError where this machine has none."""
+    have = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind, there in have.items() if there)
+    if not have[name]:
+        raise UserError(f"--device={name}: torch {torch.__version__} finds no such device here; use --device=cpu")
+    return torch.device(name)
+
+
+def peak_flops(device, precision):
+    """Peak FLOP/s of the matrix units that `precision` uses, or None where we don't know it."""
+    if device.type != "cuda" or precision == "fp32":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for key, peak in PEAK_BF16.items() if key in name), None)
+
+
+def has_triton():
+    return importlib.util.find_spec("triton") is not None
+
+
+def native_bf16():
+    """Whether this CPU multiplies bfloat16 in hardware (AVX512-BF16 or AMX); elsewhere bf16 is slower than fp32."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def name(device):
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} ({platform.machine()}, " \
+        f"{torch.get_num_threads()} threads of {os.cpu_count()} cores)"
+
+
+def use_grouped_mm(x):
+    """Experts as one grouped matrix product: on a GPU in BF16. On a CPU its backward is slower than a loop."""
+    return x.is_cuda and x.dtype == torch.bfloat16
+
+
+def table(device, precision):
+    """[(mechanism, path taken, why)] for the start-up table."""
+    gpu = device.type == "cuda"
+    grouped = gpu and precision == "bf16"
+    return [
+        ("attention", "torch SDPA", "cuDNN or flash kernel inside torch" if gpu else "torch's own CPU kernel"),
+        ("experts", "F.grouped_mm" if grouped else "one product per busy expert",
+         "BF16 on a GPU" if grouped else "grouped_mm wants BF16 on a GPU"),
+        ("optimizer", "torch fused AdamW", "one kernel for all parameters"),
+        ("triton", "not used", "no kernel of this project needs it yet" if has_triton() else "not installed"),
+    ]

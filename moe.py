@@ -41,7 +41,8 @@ from fp8 import Linear
 
 @dataclass
 class Routing:
-    """What a gate decided for N tokens, and the numbers that balancing needs."""
+    """What a gate decided for B sequences of T tokens, and the numbers that balancing needs."""
+    shape: tuple                              # (B, T)
     indices: torch.Tensor                     # int64 [N, K], the chosen experts
     weights: torch.Tensor                     # [N, K] float32 or better: gate weights, times route_scale
     load: torch.Tensor                        # int64 [E]: rows of each expert
@@ -59,7 +60,8 @@ class Gate(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(c.n_routed_experts, c.dim))                    # e_i, the expert centroids
         self.register_buffer("bias", torch.zeros(c.n_routed_experts, dtype=torch.float32))
-        self.register_buffer("load", torch.zeros(c.n_routed_experts, dtype=torch.int64))      # of the step so far
+        # Rows per expert in the step so far: empty between steps, so checkpoints don't hold it.
+        self.register_buffer("load", torch.zeros(c.n_routed_experts, dtype=torch.int64), persistent=False)
         self.K, self.groups, self.limited = c.n_activated_experts, c.n_expert_groups, c.n_limited_groups
         self.route_scale, self.scope, self.balanced = c.route_scale, c.balance_scope, c.balance_alpha > 0
 
@@ -72,7 +74,7 @@ class Gate(nn.Module):
         weights = weights / (weights.sum(1, keepdim=True) + 1e-20) * self.route_scale
         load = torch.bincount(indices.flatten(), minlength=flat.shape[1])
         balance = balance_loss(scores, self.K, self.scope) if self.balanced and self.training else scores.new_zeros(())
-        return Routing(indices, weights, load, balance)
+        return Routing(x.shape[:2], indices, weights, load, balance)
 
     @torch.no_grad()
     def update_bias(self, gamma):
@@ -223,6 +225,8 @@ class SwiGLU(torch.autograd.Function):
         return dh
 
 
+# --- the layers: a dense FFN and a mixture, in the same three parts ---------------------------------------------------------
+
 class FFN(nn.Module):
     """W2 (silu(W1 x) * W3 x): [..., D] -> [..., D]; W1 and W3 are one matrix, one product."""
 
@@ -234,9 +238,30 @@ class FFN(nn.Module):
     def forward(self, x):
         return self.w2(SwiGLU.apply(self.w13(x)))
 
+    # The parts of MoE, for a layer that has nobody to send anything to.
+    def dispatch(self, x):
+        return None, None
+
+    def experts(self, x, rows, sent):
+        return self(x), None
+
+    def combine(self, here, rows, sent):
+        return here
+
+
+@dataclass
+class Sent:
+    """How rows were dispatched, to send them back."""
+    routing: Routing
+    order: torch.Tensor                       # int64 [R]: the (token, choice) pair of each row
+    inverse: torch.Tensor                     # int64 [R]: the row of each pair
+
 
 class MoE(nn.Module):
-    """One MoE layer, from a Config: x [B, T, D] -> (sum over experts [B, T, D], Routing). No residual."""
+    """One MoE layer, from a Config: x [B, T, D] -> (output [B, T, D] without the residual, Routing).
+
+    In three parts, so that a pipeline can hide the movement of one micro-batch behind the arithmetic of another.
+    """
 
     def __init__(self, c):
         super().__init__()
@@ -248,28 +273,26 @@ class MoE(nn.Module):
         self.shared = FFN(D, c.n_shared_experts * F_) if c.n_shared_experts else None
 
     def dispatch(self, x):
-        """x [B, T, D] -> rows [R, D], and what is needed to send them back."""
+        """x [B, T, D] -> rows [R, D], Sent."""
         routing = self.gate(x)
         order, inverse = sort_rows(routing.indices)
-        rows = Dispatch.apply(x.flatten(0, 1), order, inverse, self.K)
-        return rows, (routing, order, inverse)
+        return Dispatch.apply(x.flatten(0, 1), order, inverse, self.K), Sent(routing, order, inverse)
 
-    def experts(self, rows, sent):
-        """rows [R, D] -> rows [R, D], each through its expert and times its gate weight."""
-        routing, order, _ = sent
-        weight = routing.weights.flatten()[order].to(rows.dtype)                              # [R]
-        hidden = SwiGLU.apply(grouped_linear(rows, self.w13, routing.load)) * weight[:, None]  # [R, F]
-        return grouped_linear(hidden, self.w2, routing.load)
+    def experts(self, x, rows, sent):
+        """The shared experts on the tokens [B, T, D], and each row [R, D] through its expert, times its gate weight."""
+        here = self.shared(x) if self.shared else 0
+        weight = sent.routing.weights.flatten().index_select(0, sent.order).to(rows.dtype)     # [R]
+        hidden = SwiGLU.apply(grouped_linear(rows, self.w13, sent.routing.load)) * weight[:, None]       # [R, F]
+        return here, grouped_linear(hidden, self.w2, sent.routing.load)
 
-    def combine(self, rows, sent):
-        """rows [R, D] -> [N, D]."""
-        _, order, inverse = sent
-        return Combine.apply(rows, order, inverse, self.K)
+    def combine(self, here, rows, sent):
+        """here + the sum of each token's rows: [B, T, D]."""
+        routed = Combine.apply(rows, sent.order, sent.inverse, self.K)                         # [N, D]
+        return here + routed.unflatten(0, sent.routing.shape)
 
     def forward(self, x):
         rows, sent = self.dispatch(x)
-        y = self.combine(self.experts(rows, sent), sent).view_as(x)
-        return (y if self.shared is None else y + self.shared(x)), sent[0]
+        return self.combine(*self.experts(x, rows, sent), sent), sent.routing
 
 
 def max_vio(load):

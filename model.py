@@ -1,0 +1,481 @@
+"""V3: the blocks of mla.py and moe.py composed into DeepSeek-V3 (section 2), with multi-token prediction and its loss.
+
+    tokens [B, T] -> embed -> n_layers x block -> norm -> head -> logits [B, T, vocab]
+
+    block:  h = x + MLA(norm(x));   y = h + FFN(norm(h))            FFN: dense in the first layers, then a mixture
+
+A block is written in four parts, attention | dispatch | experts | combine, because a pipeline that overlaps one
+micro-batch's communication with another's arithmetic (section 3.2.1) needs to cut it there.
+
+Multi-token prediction (MTP, section 2.2): depth k is one more block that, from the state of token i and the embedding of
+token i+k, predicts token i+k+1:
+
+    x_i = M_k [ norm(Emb(t_{i+k})) ; norm(h_i^{k-1}) ],  h^k = norm(block(x)),  logits = head(h^k)          (eq 21-23)
+
+with the main model's embedding and head. The loss adds mtp_weight times the mean over depths (eq 24-25). It makes the
+hidden states plan ahead, and at generation the module drafts tokens for the main model to verify.
+
+The last chapter gives every tensor its official name, for Hugging Face folders and for our own checkpoints alike.
+
+Shapes: B batch, T tokens, N = B*T, D dim, V vocabulary.
+"""
+import json
+import os
+import re
+import shutil
+import zlib
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from configs import Config, UserError, check
+from fp8 import Linear
+from mla import MLA, LatentCache, RMSNorm, rope_table
+from moe import FFN, MoE
+
+
+# --- the loss: cross-entropy without the [N, vocab] logits ---------------------------------------------------------------
+
+class CrossEntropy(torch.autograd.Function):
+    """Sum over rows of -log softmax(h W^T)[target]; h [N, D], weight [V, D], targets int64 [N], -1 = no target.
+
+    At V3's vocabulary the logits of one 4096-token sequence are 2 GB, and their gradient as much again. So a chunk of rows
+    at a time: logits, loss, and at once the gradients of h and W, after which the chunk's logits are forgotten.
+    """
+    ROWS = 1024
+
+    @staticmethod
+    def forward(ctx, h, weight, targets):
+        high = torch.promote_types(h.dtype, torch.float32)
+        w, total = weight.to(h.dtype), torch.zeros((), dtype=high, device=h.device)
+        backward = any(ctx.needs_input_grad)
+        dh, dw = (torch.empty_like(h), torch.zeros_like(weight)) if backward else (None, None)
+        for rows, target in zip(h.split(CrossEntropy.ROWS), targets.split(CrossEntropy.ROWS)):
+            logits = (rows @ w.t()).to(high)                                                  # [chunk, V]
+            valid = (target >= 0).to(high)[:, None]
+            at = target.clamp_min(0)[:, None]
+            lse = logits.logsumexp(1, keepdim=True)
+            total += ((lse - logits.gather(1, at)) * valid).sum()
+            if backward:                                       # d loss / d logits = softmax - one-hot of the target
+                dlogits = logits.sub_(lse).exp_().scatter_add_(1, at, -torch.ones_like(lse)).mul_(valid).to(h.dtype)
+                start = rows.storage_offset() // rows.shape[1] - h.storage_offset() // rows.shape[1]
+                torch.mm(dlogits, w, out=dh[start:start + len(rows)])
+                dw += dlogits.t() @ rows
+        ctx.save_for_backward(dh, dw)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad):
+        dh, dw = ctx.saved_tensors
+        return grad.to(dh.dtype) * dh, grad.to(dw.dtype) * dw, None
+
+
+# --- the model ------------------------------------------------------------------------------------------------------------------
+
+class Block(nn.Module):
+    """One transformer layer: x [B, T, D] -> ([B, T, D], Routing or None)."""
+
+    def __init__(self, c, dense):
+        super().__init__()
+        self.attn_norm = RMSNorm(c.dim, c.norm_eps)
+        self.attn = MLA(c)
+        self.ffn_norm = RMSNorm(c.dim, c.norm_eps)
+        self.ffn = FFN(c.dim, c.inter_dim) if dense else MoE(c)
+
+    def attention(self, x, rope, **cache):
+        h = x + self.attn(self.attn_norm(x), rope, **cache)
+        return h, self.ffn_norm(h)
+
+    def dispatch(self, x):
+        return self.ffn.dispatch(x)
+
+    def experts(self, x, rows, sent):
+        return self.ffn.experts(x, rows, sent)
+
+    def combine(self, h, here, rows, sent):
+        return h + self.ffn.combine(here, rows, sent)
+
+    def forward(self, x, rope, **cache):
+        h, x = self.attention(x, rope, **cache)
+        rows, sent = self.dispatch(x)
+        here, rows = self.experts(x, rows, sent)
+        return self.combine(h, here, rows, sent), sent and sent.routing
+
+
+class MTP(nn.Module):
+    """One prediction depth (eq 21-23): the previous depth's states h [B, T, D] and the embeddings of the tokens to be
+    looked ahead over, emb [B, T, D] -> (states after the module's own norm [B, T, D], Routing or None)."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.enorm = RMSNorm(c.dim, c.norm_eps)
+        self.hnorm = RMSNorm(c.dim, c.norm_eps)
+        self.eh_proj = Linear(2 * c.dim, c.dim)
+        self.block = Block(c, dense=c.n_dense_layers == c.n_layers)
+        self.norm = RMSNorm(c.dim, c.norm_eps)
+
+    def forward(self, h, emb, rope, **cache):
+        # The report writes [h ; emb]; the released weights take [emb ; h], and the checkpoint wins.
+        x = self.eh_proj(torch.cat([self.enorm(emb), self.hnorm(h)], -1))
+        x, routing = self.block(x, rope, **cache)
+        return self.norm(x), routing
+
+
+class V3(nn.Module):
+    """DeepSeek-V3 from a Config. tokens int64 [B, T] -> logits [B, T, vocab]; `loss` for training; `cache` for decoding.
+
+    Weights are float32 (or what .to() made of them); config.precision sets the dtype of the activations and so of the
+    matrix products. Built under torch.device("meta") it costs no memory and is not initialized.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        c = self.config = config
+        self.embed = nn.Embedding(c.vocab_size, c.dim)
+        self.layers = nn.ModuleList(Block(c, dense=i < c.n_dense_layers) for i in range(c.n_layers))
+        self.norm = RMSNorm(c.dim, c.norm_eps)
+        self.head = Linear(c.dim, c.vocab_size)
+        self.mtp = nn.ModuleList(MTP(c) for _ in range(c.n_mtp))
+        self.register_buffer("rope", rope_table(c), persistent=False)                        # complex64 [context, d_r/2]
+        self.init()
+
+    @torch.no_grad()
+    def init(self):
+        """Normal weights, norms of one. Every official tensor has a generator of its own, seeded by its name: any layout
+        of ranks that holds the tensor gives it the same values."""
+        for name, tensor in official_tensors(self).items():
+            if tensor.ndim > 1 and not tensor.is_meta:
+                generator = torch.Generator(tensor.device).manual_seed(self.config.seed * 2**32 + zlib.crc32(name.encode()))
+                tensor.normal_(0.0, self.config.init_std, generator=generator)
+
+    def embedding(self, tokens):
+        x = self.embed(tokens)
+        return x.to(torch.bfloat16) if self.config.precision == "bf16" else x
+
+    def hidden(self, tokens, cache=None):
+        """tokens [B, T] -> (states after the final norm [B, T, D], the Routing of each MoE layer).
+
+        With a LatentCache the tokens follow those it holds; the caller then advances it by the tokens it wants to keep.
+        """
+        x, routings = self.embedding(tokens), []
+        positions = cache.positions(tokens.shape[1]) if cache else None
+        rope = self.rope[positions] if cache else self.rope[:tokens.shape[1]]
+        for i, block in enumerate(self.layers):
+            if self.config.recompute and self.training:
+                x, routing = checkpoint(block, x, rope, use_reentrant=False)
+            else:
+                x, routing = block(x, rope, cache=cache, layer=i, positions=positions)
+            routings.append(routing)
+        return self.norm(x), [r for r in routings if r]
+
+    def logits(self, h):
+        """States [..., D] -> logits [..., vocab] in float32 or better."""
+        return self.head(h).to(torch.promote_types(h.dtype, torch.float32))
+
+    def forward(self, tokens, cache=None):
+        return self.logits(self.hidden(tokens, cache)[0])
+
+    def draft(self, h, tokens):
+        """The states of every MTP depth over a whole sequence: h [B, T, D] from `hidden`, tokens [B, >= T + n_mtp].
+
+        Depth k reads Emb(t_{i+k}), an input of its own prediction and never the target. Returns a list of (states
+        [B, T, D], Routing or None); logits of depth k predict t_{i+k+1}. Depth 2 and up take the state after the norm of
+        the depth before, as the first takes the main model's.
+        """
+        T, out = h.shape[1], []
+        for k, module in enumerate(self.mtp, 1):
+            h, routing = module(h, self.embedding(tokens[:, k:T + k]), self.rope[:T])
+            out.append((h, routing))
+        return out
+
+    def loss(self, tokens, valid=None, totals=None, mtp_weight=None):
+        """The training loss of one micro-batch: (scalar, parts).
+
+        tokens int64 [B, T+1+n_mtp]; valid bool of the same shape: which tokens count as targets (None: all).
+        totals: (targets of each depth [1+n_mtp], sequences) of the whole optimizer step, None: of this micro-batch. Sums
+        are divided by these global numbers, so the losses and gradients of micro-batches, ranks and pipeline stages add
+        up to those of the whole batch. parts: loss (main model, nats per token), mtp_loss, balance_loss, of this share.
+        While training, the gates' load counters grow by this micro-batch's.
+        """
+        c, T = self.config, tokens.shape[1] - 1 - self.config.n_mtp
+        mtp_weight = c.mtp_weight if mtp_weight is None else mtp_weight
+        targets = tokens if valid is None else tokens.masked_fill(~valid, -1)
+        counts, sequences = totals or target_totals(targets, c.n_mtp)
+        h, routings = self.hidden(tokens[:, :T])
+        states = [h]
+        for h, routing in self.draft(h, tokens):
+            states.append(h)
+            routings += [routing] if routing else []
+        losses = [CrossEntropy.apply(h.flatten(0, 1), self.head.weight, targets[:, k + 1:T + k + 1].flatten()) / max(n, 1)
+                  for k, (h, n) in enumerate(zip(states, counts))]
+        main, mtp = losses[0], sum(losses[1:]) / max(c.n_mtp, 1)
+        balance = sum(r.balance for r in routings) / sequences
+        if self.training:
+            for gate, routing in zip(self.gates(), routings):
+                gate.load += routing.load
+        total = main + mtp_weight * mtp + c.balance_alpha * balance
+        return total, {name: torch.as_tensor(value).detach()
+                       for name, value in (("loss", main), ("mtp_loss", mtp), ("balance_loss", c.balance_alpha * balance))}
+
+    def gates(self):
+        """The gates of all MoE layers, the MTP modules' last."""
+        blocks = [*self.layers, *(m.block for m in self.mtp)]
+        return [b.ffn.gate for b in blocks if isinstance(b.ffn, MoE)]
+
+    def cache(self, batch, capacity):
+        """An empty LatentCache for `batch` sequences of up to `capacity` tokens."""
+        c = self.config
+        dtype = torch.bfloat16 if c.precision == "bf16" else self.embed.weight.dtype
+        return LatentCache(c.n_layers, batch, capacity, c.kv_lora_rank + c.qk_rope_head_dim, self.embed.weight.device, dtype)
+
+    @classmethod
+    def from_hf(cls, folder, **changes):
+        return from_hf(folder, **changes)
+
+
+def target_totals(targets, n_mtp):
+    """(targets of each depth, sequences) of targets [B, T+1+n_mtp], where -1 is no target."""
+    T = targets.shape[1] - 1 - n_mtp
+    return [int((targets[:, k + 1:T + k + 1] >= 0).sum()) for k in range(n_mtp + 1)], len(targets)
+
+
+# --- arithmetic ------------------------------------------------------------------------------------------------------------------
+
+def arithmetic(c):
+    """What a Config costs, counted on the meta device: a dict of
+    total (parameters of the main model), active (those that work on one token, embedding and head included), mtp (the MTP
+    modules' own), flops (training FLOPs per token: forward and backward, MTP included, attention at the mean causal length),
+    cache_bytes (latent cache per token in BF16)."""
+    with torch.device("meta"):
+        v3 = V3(c)
+    sizes = {name: tensor.numel() for name, tensor in official_tensors(v3).items() if not name.endswith("_bias")}
+    moe_share = c.n_activated_experts / c.n_routed_experts
+    own = lambda name: int(name.split(".")[2]) < c.n_layers if name.startswith("model.layers.") else True
+    work = {name: n * (moe_share if ".mlp.experts." in name else 1) for name, n in sizes.items()}
+    embed, head = sizes["model.embed_tokens.weight"], sizes["lm_head.weight"]
+    active = sum(n for name, n in work.items() if own(name))
+    mtp_active = sum(n for name, n in work.items() if not own(name))
+    products = active - embed + mtp_active + c.n_mtp * head                 # a lookup is no product; the head works per depth
+    attention = 2 * c.n_heads * (c.qk_head_dim + c.v_head_dim) * (c.seq_len + 1) / 2 * (c.n_layers + c.n_mtp)
+    return {"total": sum(n for name, n in sizes.items() if own(name)), "active": round(active),
+            "mtp": sum(n for name, n in sizes.items() if not own(name)), "flops": round(6 * products + 3 * attention),
+            "cache_bytes": (c.kv_lora_rank + c.qk_rope_head_dim) * c.n_layers * 2}
+
+
+# --- official names: Hugging Face folders and checkpoints ----------------------------------------------------------------------
+
+LAYER_NAMES = {                               # ours -> official, inside a layer
+    "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
+    "attn.wq": "self_attn.q_proj", "attn.wq_a": "self_attn.q_a_proj", "attn.q_norm": "self_attn.q_a_layernorm",
+    "attn.wq_b": "self_attn.q_b_proj", "attn.wkv_a": "self_attn.kv_a_proj_with_mqa",
+    "attn.kv_norm": "self_attn.kv_a_layernorm", "attn.wkv_b": "self_attn.kv_b_proj", "attn.wo": "self_attn.o_proj",
+    "ffn.gate.weight": "mlp.gate.weight", "ffn.gate.bias": "mlp.gate.e_score_correction_bias",
+    "ffn.w13": "mlp.", "ffn.w2": "mlp.", "ffn.shared.w13": "mlp.shared_experts.", "ffn.shared.w2": "mlp.shared_experts."}
+MTP_NAMES = {"enorm": "enorm", "hnorm": "hnorm", "eh_proj": "eh_proj", "norm": "shared_head.norm"}
+TOP_NAMES = {"embed": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
+
+
+def official_index(v3):
+    """{official name: (our name, index)}: tensor[index] of our parameter or buffer is the official tensor, as a view.
+
+    Two of ours hold several official ones: w13 is gate_proj over up_proj, and the experts' are stacked.
+    """
+    index = {}
+    for ours, tensor in v3.state_dict().items():
+        parts = ours.removesuffix(".weight").split(".")
+        if parts[0] in TOP_NAMES:
+            index[TOP_NAMES[parts[0]] + ".weight"] = ours, ()
+            continue
+        layer = int(parts[1]) + (v3.config.n_layers if parts[0] == "mtp" else 0)
+        rest = ".".join(parts[3:] if parts[2] == "block" else parts[2:])
+        if parts[0] == "mtp" and rest in MTP_NAMES:
+            index[f"model.layers.{layer}.{MTP_NAMES[rest]}.weight"] = ours, ()
+            continue
+        if rest == "ffn.gate":
+            rest = "ffn.gate.weight"
+        name = f"model.layers.{layer}.{LAYER_NAMES[rest]}"
+        if not name.endswith("."):
+            index[name if "mlp.gate" in name else name + ".weight"] = ours, ()
+        else:
+            half = tensor.shape[-2] // 2
+            pieces = {"gate_proj": slice(0, half), "up_proj": slice(half, None)} if rest.endswith("w13") \
+                else {"down_proj": slice(None)}
+            for piece, rows in pieces.items():
+                if tensor.ndim == 3:                                                           # [E, out, in]
+                    index.update({f"{name}experts.{e}.{piece}.weight": (ours, (e, rows)) for e in range(len(tensor))})
+                else:
+                    index[f"{name}{piece}.weight"] = ours, (rows,)
+    return index
+
+
+def official_tensors(v3, tensors=None):
+    """{official name: view} of the model's weights and gate biases, or of `tensors` {our name: tensor of the same shape}
+    (optimizer moments, averages); names that `tensors` lacks are left out."""
+    tensors = v3.state_dict() if tensors is None else tensors
+    return {name: tensors[ours][index] for name, (ours, index) in official_index(v3).items() if ours in tensors}
+
+
+HF_FIELDS = {                                 # Config field: config.json key
+    "vocab_size": "vocab_size", "dim": "hidden_size", "n_layers": "num_hidden_layers",
+    "n_dense_layers": "first_k_dense_replace", "inter_dim": "intermediate_size", "moe_inter_dim": "moe_intermediate_size",
+    "n_heads": "num_attention_heads", "q_lora_rank": "q_lora_rank", "kv_lora_rank": "kv_lora_rank",
+    "qk_nope_head_dim": "qk_nope_head_dim", "qk_rope_head_dim": "qk_rope_head_dim", "v_head_dim": "v_head_dim",
+    "n_routed_experts": "n_routed_experts", "n_shared_experts": "n_shared_experts",
+    "n_activated_experts": "num_experts_per_tok", "n_expert_groups": "n_group", "n_limited_groups": "topk_group",
+    "route_scale": "routed_scaling_factor", "n_mtp": "num_nextn_predict_layers", "norm_eps": "rms_norm_eps",
+    "init_std": "initializer_range"}
+
+
+def hf_config(c):
+    """Config -> the dict of a Hugging Face config.json."""
+    rope = {"rope_type": "default", "rope_theta": c.rope_theta}
+    if c.context > c.original_seq_len:
+        rope.update(rope_type="yarn", type="yarn", factor=c.rope_factor, beta_fast=c.beta_fast, beta_slow=c.beta_slow,
+                    mscale=c.mscale, mscale_all_dim=c.mscale_all_dim, original_max_position_embeddings=c.original_seq_len)
+    return {"architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3",
+            **{theirs: getattr(c, ours) for ours, theirs in HF_FIELDS.items()},
+            "q_lora_rank": c.q_lora_rank or None, "num_key_value_heads": c.n_heads, "max_position_embeddings": c.context,
+            "rope_parameters": rope, "rope_theta": c.rope_theta,
+            "rope_scaling": rope if rope["rope_type"] == "yarn" else None, "rope_interleave": True,
+            "scoring_func": "sigmoid", "topk_method": "noaux_tc", "norm_topk_prob": True, "hidden_act": "silu",
+            "attention_bias": False, "tie_word_embeddings": False, "torch_dtype": "float32"}
+
+
+def config_from_hf(folder, **changes):
+    """The Config of a Hugging Face folder; changes override run fields. UserError names what is foreign or missing."""
+    path = Path(folder) / "config.json"
+    try:
+        hf = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{folder}: no config.json there; give a Hugging Face folder of a DeepSeek-V3 model") from None
+    except (ValueError, OSError) as e:
+        raise UserError(f"{path}: not readable as JSON: {e}") from None
+    if hf.get("model_type") != "deepseek_v3":
+        raise UserError(f"{path}: model_type is {hf.get('model_type')!r}; only 'deepseek_v3' is this model")
+    expected = {"hidden_act": "silu", "scoring_func": "sigmoid", "norm_topk_prob": True, "attention_bias": False,
+                "tie_word_embeddings": False, "rope_interleave": True}
+    for key, value in expected.items():
+        if hf.get(key, value) != value:
+            raise UserError(f"{path}: {key} = {hf[key]!r} is not supported, only {value!r}")
+    missing = [key for ours, key in HF_FIELDS.items() if key not in hf and ours not in ("n_mtp", "init_std", "q_lora_rank")]
+    if missing:
+        raise UserError(f"{path}: {missing[0]!r} is missing")
+    values = {ours: hf[theirs] or 0 if ours == "q_lora_rank" else hf[theirs]
+              for ours, theirs in HF_FIELDS.items() if theirs in hf}
+    rope = hf.get("rope_parameters") or {**(hf.get("rope_scaling") or {}), "rope_theta": hf.get("rope_theta", 10000.0)}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "yarn"):
+        raise UserError(f"{path}: rope type {kind!r} is not supported, only 'default' and 'yarn'")
+    longest = hf.get("max_position_embeddings", 4096)
+    values.update(rope_theta=float(rope.get("rope_theta", 10000.0)), max_seq_len=longest, original_seq_len=longest)
+    if kind == "yarn":
+        both = "mscale" in rope and "mscale_all_dim" in rope
+        values.update(rope_factor=float(rope["factor"]), beta_fast=float(rope.get("beta_fast", 32)),
+                      beta_slow=float(rope.get("beta_slow", 1)), mscale=float(rope["mscale"]) if both else 1.0,
+                      mscale_all_dim=float(rope["mscale_all_dim"]) if both else 0.0,
+                      original_seq_len=rope.get("original_max_position_embeddings", 4096))
+    values["seq_len"] = min(values["original_seq_len"], longest, 4096)
+    config = Config(**{**values, **changes})
+    check(config, dict.fromkeys(values, str(path)))
+    return config
+
+
+def from_hf(folder, device="cpu", **changes):
+    """V3 with the weights of a Hugging Face folder (DeepSeek-V3's own, or what save_hf and transformers write).
+
+    FP8 weights are multiplied by their 128x128 block scales on the way in. UserError names the first missing or unknown
+    tensor, a missing shard, a wrong shape.
+    """
+    folder = Path(folder)
+    config = config_from_hf(folder, **changes)
+    index = folder / "model.safetensors.index.json"
+    try:
+        files = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else ["model.safetensors"]
+    except (ValueError, KeyError, AttributeError) as e:
+        raise UserError(f"{index}: not a safetensors index: {e!r}") from None
+    absent = [f for f in files if not (folder / f).is_file()]
+    if absent:
+        raise UserError(f"{folder}: shard {absent[0]} is missing ({len(absent)} of {len(files)}); download it again")
+    with torch.device(device):
+        v3 = V3(config)
+    wanted = official_tensors(v3)
+    copies = {f"model.layers.{config.n_layers + k}.{own}.weight" for k in range(config.n_mtp)
+              for own in ("embed_tokens", "shared_head.head")}            # the MTP layers repeat the main model's two
+    stored, scales = {}, {}
+    for file in files:
+        try:
+            with safe_open(folder / file, framework="pt") as f:
+                for name in f.keys():
+                    if name.endswith("_scale_inv"):
+                        scales[name.removesuffix("_scale_inv")] = f.get_tensor(name)
+                    elif name in wanted:
+                        stored[name] = file
+                    elif name not in copies and not name.endswith("rotary_emb.inv_freq"):
+                        raise UserError(f"{folder / file}: unknown tensor {name}; is config.json the right one?")
+        except (SafetensorError, OSError) as e:
+            raise UserError(f"{folder / file}: damaged: {e}; download it again") from None
+    missing = sorted(set(wanted) - set(stored))
+    if missing:
+        raise UserError(f"{folder}: tensor {missing[0]} is missing ({len(missing)} in all)")
+    for file in files:
+        with safe_open(folder / file, framework="pt") as f:
+            for name in (n for n in stored if stored[n] == file):
+                tensor = f.get_tensor(name)
+                if tensor.shape != wanted[name].shape:
+                    raise UserError(f"{folder / file}: {name} has shape {list(tensor.shape)}, config.json asks for "
+                                    f"{list(wanted[name].shape)}")
+                with torch.no_grad():
+                    wanted[name].copy_(dequantize(tensor, scales[name]) if name in scales else tensor)
+    return v3
+
+
+def dequantize(weight, scale_inv):
+    """FP8 weight [out, in] times its scale per 128x128 block [ceil(out/128), ceil(in/128)] (section 3.3; the last blocks may
+    be partial)."""
+    scale = scale_inv.repeat_interleave(128, 0).repeat_interleave(128, 1)[:weight.shape[0], :weight.shape[1]]
+    return weight.to(torch.float32) * scale
+
+
+SHARD_BYTES = 5 * 10**9
+
+
+def save_hf(v3, folder):
+    """Write config.json and sharded safetensors under the official names: transformers' from_pretrained reads the folder.
+
+    Everything goes to a temporary folder first, which is renamed when it is whole. UserError if the folder exists.
+    """
+    folder, c = Path(folder), v3.config
+    if folder.exists():
+        raise UserError(f"{folder}: exists already; give another name or remove it")
+    tensors = dict(official_tensors(v3))
+    for k in range(c.n_mtp):                                   # the released checkpoint repeats these two in its MTP layer
+        tensors[f"model.layers.{c.n_layers + k}.embed_tokens.weight"] = v3.embed.weight.detach()
+        tensors[f"model.layers.{c.n_layers + k}.shared_head.head.weight"] = v3.head.weight.detach()
+    shards, size = [[]], 0
+    for name, tensor in tensors.items():
+        if shards[-1] and size + tensor.nbytes > SHARD_BYTES:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += tensor.nbytes
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        where = {}
+        for i, names in enumerate(shards, 1):
+            file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+            save_file({n: tensors[n].clone().contiguous() for n in names}, temporary / file, metadata={"format": "pt"})
+            where.update(dict.fromkeys(names, file))
+        index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": where}
+        (temporary / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+        (temporary / "config.json").write_text(json.dumps(hf_config(c), indent=1))
+        os.rename(temporary, folder)
+    except (OSError, SafetensorError) as e:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(f"{folder}: could not be written: {e}") from None

@@ -4,6 +4,7 @@ Every mechanism of this project has a plain-torch form, the specification. Where
 choice is made here, from what the tensors are (device, dtype), never from a global switch; the table that train.py prints at
 its start says what was chosen and why, so that no fallback is silent.
 """
+import ctypes
 import importlib.util
 import os
 import platform
@@ -26,6 +27,18 @@ def device(name):
     return torch.device(name)
 
 
+def keep_freed_memory():
+    """Tell glibc to keep what torch frees on a CPU instead of giving it back to the system and faulting it in again, page by
+    page, at every step: a small model's step takes up to a third less time. Elsewhere than on glibc nothing happens."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return
+    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3                                              # malloc.h
+    mallopt(M_MMAP_THRESHOLD, 32 << 20)                                                      # the largest it takes
+    mallopt(M_TRIM_THRESHOLD, 2 ** 31 - 1)
+
+
 def peak_flops(device, precision):
     """Peak FLOP/s of the matrix units that `precision` uses, or None where we don't know it."""
     if device.type != "cuda" or precision == "fp32":
@@ -46,6 +59,18 @@ def native_bf16():
 def name(device):
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} ({platform.machine()}, " \
         f"{torch.get_num_threads()} threads of {os.cpu_count()} cores)"
+
+
+def peak_memory(device):
+    """Most bytes this process has held: on the GPU its allocator's peak, elsewhere the process's resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:                                                                    # Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if platform.system() == "Darwin" else peak * 1024
 
 
 def use_grouped_mm(x):

@@ -67,7 +67,7 @@ def rope_table(c):
         def dim_with(turns):                                  # the (fractional) dim that turns so often over the length
             return d * math.log(c.original_seq_len / (turns * 2 * math.pi)) / (2 * math.log(base))
         low, high = max(math.floor(dim_with(c.beta_fast)), 0), min(math.ceil(dim_with(c.beta_slow)), d - 1)
-        ramp = ((torch.arange(d // 2) - low) / max(high - low, 0.001)).clamp(0, 1)     # 0: keep, 1: stretch
+        ramp = ((torch.arange(d // 2, dtype=torch.float64) - low) / max(high - low, 0.001)).clamp(0, 1)   # 0: keep, 1: stretch
         frequency = frequency * (1 - ramp) + frequency / c.rope_factor * ramp
     angle = torch.arange(c.context, dtype=torch.float64)[:, None] * frequency                     # [context, d_r/2]
     length = yarn_mscale(c, c.mscale) / yarn_mscale(c, c.mscale_all_dim)                           # 1 in V3

@@ -33,7 +33,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from configs import Config, UserError, check
+from configs import Config, UserError, check, convert
 from fp8 import Linear
 from mla import MLA, LatentCache, RMSNorm, rope_table
 from moe import FFN, MoE
@@ -55,7 +55,8 @@ class CrossEntropy(torch.autograd.Function):
         w, total = weight.to(h.dtype), torch.zeros((), dtype=high, device=h.device)
         backward = any(ctx.needs_input_grad)
         dh, dw = (torch.empty_like(h), torch.zeros_like(weight)) if backward else (None, None)
-        for rows, target in zip(h.split(CrossEntropy.ROWS), targets.split(CrossEntropy.ROWS)):
+        for start in range(0, len(h), CrossEntropy.ROWS):
+            rows, target = (t[start:start + CrossEntropy.ROWS] for t in (h, targets))
             logits = (rows @ w.t()).to(high)                                                  # [chunk, V]
             valid = (target >= 0).to(high)[:, None]
             at = target.clamp_min(0)[:, None]
@@ -63,7 +64,6 @@ class CrossEntropy(torch.autograd.Function):
             total += ((lse - logits.gather(1, at)) * valid).sum()
             if backward:                                       # d loss / d logits = softmax - one-hot of the target
                 dlogits = logits.sub_(lse).exp_().scatter_add_(1, at, -torch.ones_like(lse)).mul_(valid).to(h.dtype)
-                start = rows.storage_offset() // rows.shape[1] - h.storage_offset() // rows.shape[1]
                 torch.mm(dlogits, w, out=dh[start:start + len(rows)])
                 dw += dlogits.t() @ rows
         ctx.save_for_backward(dh, dw)
@@ -150,8 +150,21 @@ class V3(nn.Module):
         of ranks that holds the tensor gives it the same values."""
         for name, tensor in official_tensors(self).items():
             if tensor.ndim > 1 and not tensor.is_meta:
-                generator = torch.Generator(tensor.device).manual_seed(self.config.seed * 2**32 + zlib.crc32(name.encode()))
+                seed = zlib.crc32(f"{self.config.seed} {name}".encode())        # 32 bits: a CPU generator reads no more
+                generator = torch.Generator(tensor.device).manual_seed(seed)
                 tensor.normal_(0.0, self.config.init_std, generator=generator)
+
+    def _apply(self, fn, recurse=True):
+        # .to(dtype) means the weights. RoPE's table would lose its imaginary part, and BF16 gate biases choose other experts.
+        kept = [(module, dict(module._buffers)) for module in self.modules()]
+        for module, _ in kept:
+            module._buffers.clear()
+        super()._apply(fn, recurse)
+        device = self.embed.weight.device
+        for module, buffers in kept:
+            module._buffers.update({name: torch.empty_like(b, device=device) if b.is_meta else b.to(device)
+                                    for name, b in buffers.items()})
+        return self
 
     def embedding(self, tokens):
         x = self.embed(tokens)
@@ -211,7 +224,8 @@ class V3(nn.Module):
         for h, routing in self.draft(h, tokens):
             states.append(h)
             routings += [routing] if routing else []
-        losses = [CrossEntropy.apply(h.flatten(0, 1), self.head.weight, targets[:, k + 1:T + k + 1].flatten()) / max(n, 1)
+        head = self.head.weight if torch.is_grad_enabled() else self.head.weight.detach()     # evaluation: no gradients
+        losses = [CrossEntropy.apply(h.flatten(0, 1), head, targets[:, k + 1:T + k + 1].flatten()) / max(n, 1)
                   for k, (h, n) in enumerate(zip(states, counts))]
         main, mtp = losses[0], sum(losses[1:]) / max(c.n_mtp, 1)
         balance = sum(r.balance for r in routings) / sequences
@@ -355,6 +369,8 @@ def config_from_hf(folder, **changes):
         raise UserError(f"{folder}: no config.json there; give a Hugging Face folder of a DeepSeek-V3 model") from None
     except (ValueError, OSError) as e:
         raise UserError(f"{path}: not readable as JSON: {e}") from None
+    if not isinstance(hf, dict):
+        raise UserError(f"{path}: not a JSON object; give a Hugging Face folder of a DeepSeek-V3 model")
     if hf.get("model_type") != "deepseek_v3":
         raise UserError(f"{path}: model_type is {hf.get('model_type')!r}; only 'deepseek_v3' is this model")
     expected = {"hidden_act": "silu", "scoring_func": "sigmoid", "norm_topk_prob": True, "attention_bias": False,
@@ -374,12 +390,15 @@ def config_from_hf(folder, **changes):
     longest = hf.get("max_position_embeddings", 4096)
     values.update(rope_theta=float(rope.get("rope_theta", 10000.0)), max_seq_len=longest, original_seq_len=longest)
     if kind == "yarn":
+        if "factor" not in rope:
+            raise UserError(f"{path}: YaRN without its 'factor'")
         both = "mscale" in rope and "mscale_all_dim" in rope
         values.update(rope_factor=float(rope["factor"]), beta_fast=float(rope.get("beta_fast", 32)),
                       beta_slow=float(rope.get("beta_slow", 1)), mscale=float(rope["mscale"]) if both else 1.0,
                       mscale_all_dim=float(rope["mscale_all_dim"]) if both else 0.0,
                       original_seq_len=rope.get("original_max_position_embeddings", 4096))
-    values["seq_len"] = min(values["original_seq_len"], longest, 4096)
+    values = {key: convert(key, value, str(path)) for key, value in values.items()}
+    values["seq_len"] = min(values["original_seq_len"], values["max_seq_len"], 4096)
     config = Config(**{**values, **changes})
     check(config, dict.fromkeys(values, str(path)))
     return config
@@ -396,7 +415,7 @@ def from_hf(folder, device="cpu", **changes):
     index = folder / "model.safetensors.index.json"
     try:
         files = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else ["model.safetensors"]
-    except (ValueError, KeyError, AttributeError) as e:
+    except (ValueError, KeyError, AttributeError, TypeError) as e:
         raise UserError(f"{index}: not a safetensors index: {e!r}") from None
     absent = [f for f in files if not (folder / f).is_file()]
     if absent:
@@ -429,6 +448,11 @@ def from_hf(folder, device="cpu", **changes):
                 if tensor.shape != wanted[name].shape:
                     raise UserError(f"{folder / file}: {name} has shape {list(tensor.shape)}, config.json asks for "
                                     f"{list(wanted[name].shape)}")
+                blocks = [-(-n // 128) for n in tensor.shape]
+                if name not in scales and tensor.dtype == torch.float8_e4m3fn:
+                    raise UserError(f"{folder / file}: {name}_scale_inv is missing: the weight is FP8")
+                if name in scales and list(scales[name].shape) != blocks:
+                    raise UserError(f"{folder}: {name}_scale_inv has shape {list(scales[name].shape)}, not {blocks}")
                 with torch.no_grad():
                     wanted[name].copy_(dequantize(tensor, scales[name]) if name in scales else tensor)
     return v3

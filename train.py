@@ -1,0 +1,419 @@
+"""The story of a run: python train.py config/tiny.py
+
+From text to a trained DeepSeek-V3, top to bottom: the schedules of section 4.2, the plan printed before any work, then the
+loop: batch, forward, backward, clip, AdamW, and the gate biases from the load of the whole step.
+
+One optimizer step sees batch_size sequences, in micro-batches of micro_batch_size. Every loss is a sum divided by the step's
+global counts, so any cut into micro-batches gives the same gradient. The data of a step are a pure function of
+(config, step) and the initial weights of (seed, name), so a run that was killed and resumed passes through the same bits as
+one that was not (on a CPU; a GPU's atomics may reorder sums).
+"""
+import dataclasses
+import json
+import math
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+import backend
+import configs
+import parallel
+from configs import MACHINE_FIELDS, UserError
+from data import Data, batch_size_at, special, tokenizer_json
+from model import V3, CrossEntropy, arithmetic, config_from_hf, from_hf, official_tensors
+from moe import max_vio
+
+MAX_SKIPS = 5                                      # non-finite steps in a row before the run gives up
+
+
+# --- the schedules (section 4.2) -------------------------------------------------------------------------------------------
+
+def learning_rate(c, step):
+    """Linear warmup to lr, constant until decay_start, cosine to min_lr at decay_end, constant, final_lr for the last third
+    of what is left. V3: 2K steps; 10T tokens; 4.3T; 333B at min_lr; 167B at final_lr."""
+    end = c.decay_end or c.max_steps
+    if step < c.warmup_steps:
+        return c.lr * (step + 1) / c.warmup_steps
+    if step < c.decay_start:
+        return c.lr
+    if step < end:
+        return c.min_lr + (c.lr - c.min_lr) * 0.5 * (1 + math.cos(math.pi * (step - c.decay_start) / (end - c.decay_start)))
+    return c.min_lr if step < end + (c.max_steps - end) * 2 / 3 else c.final_lr
+
+
+def mtp_weight(c, step):
+    """lambda: mtp_weight until the cosine begins, a third of it after (V3: 0.3 for 10T tokens, then 0.1)."""
+    return c.mtp_weight if step < c.decay_start or not c.decay_start else c.mtp_weight / 3
+
+
+def bias_update_speed(c, step):
+    """gamma: bias_update_speed until the cosine has ended, then 0 (V3: 0.001, and 0 for the last 500B tokens)."""
+    return c.bias_update_speed if step < (c.decay_end or c.max_steps) else 0.0
+
+
+# --- before the run ---------------------------------------------------------------------------------------------------------
+
+def human(n, unit=""):
+    for size, letter in ((1e12, "T"), (1e9, "G" if unit == "B" else "B"), (1e6, "M"), (1e3, "K")):
+        if n >= size:
+            return f"{n / size:.2f} {letter}{unit}" if unit else f"{n / size:.3f}{letter}"
+    return f"{n:.0f} {unit}".strip()
+
+
+def plan(c, device, data=None):
+    """Print what the run will cost and which path each mechanism takes. Returns arithmetic(c)."""
+    a = arithmetic(c)
+    everything = a["total"] + a["mtp"]
+    half = 2 if c.precision == "bf16" else 4
+    tokens = c.micro_batch_size * c.seq_len
+    # What backward needs of each token, in elements: the inputs of norms and products, and the hidden activations.
+    attention = 4 * c.dim + c.n_heads * (3 * c.qk_head_dim + 3 * c.v_head_dim) + 3 * c.kv_lora_rank + 2 * c.q_lora_rank
+    dense = 4 * c.dim + 3 * c.inter_dim
+    sparse = (4 + c.n_activated_experts) * c.dim \
+        + 4 * (c.n_activated_experts + c.n_shared_experts) * c.moe_inter_dim + 4 * c.n_routed_experts
+    blocks = c.n_dense_layers * (attention + dense) + (c.n_layers - c.n_dense_layers + c.n_mtp) * (attention + sparse)
+    kept = (c.n_layers + c.n_mtp) * c.dim + attention + max(dense, sparse) if c.recompute else blocks
+    activations = tokens * kept * half + CrossEntropy.ROWS * c.vocab_size * 8
+    train_tokens = sum(batch_size_at(c, s) for s in range(c.batch_ramp)) + c.batch_size * (c.max_steps - c.batch_ramp)
+    rows = [
+        ("parameters", f"{human(a['total'])} total, {human(a['active'])} active per token, MTP {human(a['mtp'])} more"),
+        ("work", f"{a['flops'] / 1e9:.3g} GFLOPs per training token; {c.max_steps} steps, "
+                 f"{human(train_tokens * c.seq_len)} tokens"),
+        ("memory", f"about {human(16 * everything, 'B')} weights, gradients, moments + {human(activations, 'B')} activations"),
+        ("latent cache", f"{a['cache_bytes']:,} bytes per token in BF16"),
+        ("device", f"{backend.name(device)}, {c.precision}, torch {torch.__version__}"),
+        *((what, f"{path} ({why})") for what, path, why in backend.table(device, c.precision)),
+    ]
+    if data:
+        i = data.identity
+        rows.insert(2, ("data", f"{i['source']}: {i['documents']} documents, {human(i['train_tokens'])} training tokens "
+                                f"({c.max_steps * c.batch_size * c.seq_len / i['train_tokens']:.1f} epochs)"))
+    print("\n".join(f"  {what:13} {text}" for what, text in rows), flush=True)
+    return a
+
+
+def model_config(c):
+    """With --init_from the model is the folder's: its config.json replaces the model fields, its tokenizer ours."""
+    if not c.init_from:
+        return c
+    run = {f: getattr(c, f) for f in list(configs.FIELDS)[list(configs.FIELDS).index("data"):]}
+    run["tokenizer"] = str(Path(c.init_from) / "tokenizer.json")
+    print(f"init_from: the model and its tokenizer are those of {c.init_from}")
+    return config_from_hf(c.init_from, **run)
+
+
+def make_optimizer(c, v3):
+    """AdamW; weight decay on matrices only, embedding and head included, norms not."""
+    params = list(v3.parameters())
+    groups = [{"params": [p for p in params if p.ndim > 1], "weight_decay": c.weight_decay},
+              {"params": [p for p in params if p.ndim == 1], "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=c.lr, betas=(c.beta1, c.beta2), eps=1e-8,
+                                  fused=params[0].device.type in ("cpu", "cuda"))
+    for p in params:                               # from the start, so that a checkpoint has somewhere to load them
+        optimizer.state[p] = {"step": torch.zeros((), device=p.device if p.is_cuda else None),
+                              "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+    return optimizer
+
+
+def run_tensors(v3, optimizer, ema):
+    """Everything that a checkpoint holds: {name: tensor}, under official names."""
+    tensors = dict(official_tensors(v3))
+    for kind in ("exp_avg", "exp_avg_sq"):
+        moments = {name: optimizer.state[p][kind] for name, p in v3.named_parameters()}
+        tensors |= {f"{kind}/{name}": t for name, t in official_tensors(v3, moments).items()}
+    return tensors | {f"ema/{name}": t for name, t in official_tensors(v3, ema).items()}
+
+
+# --- during the run -----------------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def evaluate(v3, data):
+    """(nats per token, bits per byte) over the whole validation text, in non-overlapping windows of seq_len."""
+    v3.eval()
+    T, device, total, count = v3.config.seq_len, v3.embed.weight.device, 0.0, 0
+    for tokens, valid in data.eval_windows(max(1, 16384 // T)):
+        targets = tokens.masked_fill(~valid, -1)[:, 1:T + 1].flatten().to(device)
+        h, _ = v3.hidden(tokens[:, :T].to(device))
+        total += CrossEntropy.apply(h.flatten(0, 1), v3.head.weight, targets).item()
+        count += int((targets >= 0).sum())
+    v3.train()
+    return total / count, data.bits_per_byte(total)
+
+
+class Interrupt:
+    """Ctrl-C and SIGTERM set a flag that the loop looks at between steps; a second Ctrl-C is not waited for."""
+
+    def __enter__(self):
+        self.code = 0
+        self.before = {s: signal.signal(s, self.note) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def note(self, number, frame):
+        if self.code:
+            raise KeyboardInterrupt
+        self.code = 128 + number                   # 130 and 143
+        print(f"\n{signal.Signals(number).name}: saving after this step", flush=True)
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+def clock(seconds):
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+class Log:
+    """metrics.jsonl, one object a line, and the progress line on the terminal."""
+
+    def __init__(self, c, start_step):
+        self.path = Path(c.out_dir) / "metrics.jsonl"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        old = self.path.read_text(encoding="utf-8").splitlines() if start_step and self.path.exists() else []
+        kept = [line for line in old if json.loads(line)["step"] <= start_step]        # later steps will be run again
+        parallel.write_atomic(self.path, "".join(line + "\n" for line in kept))
+        self.began = time.time() - (json.loads(kept[-1])["time"] if kept else 0)
+        self.shown = 0.0
+
+    def write(self, **numbers):
+        with open(self.path, "a", encoding="utf-8") as f:
+            f.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in numbers.items()}) + "\n")
+
+    def due(self):
+        if time.time() - self.shown < 5:
+            return False
+        self.shown = time.time()
+        return True
+
+
+# --- the run ------------------------------------------------------------------------------------------------------------------------
+
+def main(argv):
+    if "--help" in argv or "-h" in argv:
+        print(__doc__.splitlines()[0], configs.usage("train.py"), sep="\n\n")
+        return 0
+    if not argv or argv[0].startswith("--"):
+        raise UserError("give a config first: python train.py config/tiny.py [--key=value ...]; --help lists the keys")
+    c = model_config(configs.load(argv))
+    device = backend.device(c.device)
+    backend.keep_freed_memory()
+    if c.plan:
+        plan(c, device)
+        return 0
+    if c.eval_only:
+        return eval_only(c)
+    have = parallel.checkpoints(c.out_dir)
+    if have and not c.resume and not c.profile:
+        raise UserError(f"{c.out_dir}: holds a run, at {have[-1].name}; go on with --resume, or give another --out_dir")
+    newest = parallel.latest(c.out_dir) if c.resume else None
+    if newest:
+        check_resume(c, parallel.read_state(newest))
+    try:
+        return run(c, device, newest, " ".join(argv[:1]))
+    except (torch.OutOfMemoryError, RuntimeError) as e:
+        if isinstance(e, torch.OutOfMemoryError) or "can't allocate memory" in str(e):
+            raise UserError(f"out of memory: lower --micro_batch_size (now {c.micro_batch_size}; the result stays the same) "
+                            f"or set --recompute=True") from None
+        raise
+
+
+def check_resume(c, state):
+    """What a run computes may not change when it is resumed; where and how it runs may."""
+    now = dataclasses.asdict(c)
+    for key, then in state["config"].items():
+        if key in now and key not in MACHINE_FIELDS and now[key] != then:
+            raise UserError(f"--resume: {key} was {then!r} and is now {now[key]!r}; give the run's own value, or start "
+                            f"another with --out_dir")
+
+
+def eval_only(c):
+    import sample
+    v3, _, what = sample.load(c.eval_only, c.device)
+    folder = Path(c.eval_only) if (Path(c.eval_only) / "tokenizer.json").is_file() else parallel.latest(c.eval_only)
+    v3.config = v3.config.replace(seq_len=min(c.seq_len, v3.config.context), data=c.data,
+                                  tokenizer=str(folder / "tokenizer.json"))
+    loss, bpb = evaluate(v3, Data(v3.config))
+    print(f"{what}: val loss {loss:.4f} nats per token, {bpb:.4f} bits per byte")
+    return 0
+
+
+def run(c, device, newest, command):
+    # Everything that can be wrong with the input is found here, before the first long work.
+    data = Data(c)
+    a = plan(c, device, data)
+    if c.init_from and not newest:
+        v3 = from_hf(c.init_from, device, **{f: getattr(c, f) for f in configs.FIELDS})
+    else:
+        with torch.device(device):
+            v3 = V3(c)
+    optimizer = make_optimizer(c, v3)
+    ema = {name: p.detach().to("cpu", copy=True) for name, p in v3.named_parameters()} if c.ema_decay else {}
+    start, updates = 0, 0
+    if newest:
+        state = parallel.load_checkpoint(newest, run_tensors(v3, optimizer, ema))
+        if state["data"]["corpus_sha256"] != data.identity["corpus_sha256"]:
+            raise UserError(f"--resume: the corpus is not the one of {newest} (its sha256 differs); give its --data, "
+                            f"{state['data']['source']}, or start another run with --out_dir")
+        start, updates = state["step"], state["updates"]
+        for p in v3.parameters():
+            optimizer.state[p]["step"].fill_(updates)
+        print(f"resumed from {newest} at step {start}")
+    if c.compile:
+        for block in [*v3.layers, *(m.block for m in v3.mtp)]:
+            block.compile()
+
+    log, peak = Log(c, start), backend.peak_flops(device, c.precision)
+    tokenizer = tokenizer_json(data.tokenizer).decode()
+    counts = c.n_mtp + 1
+    profiler = profile(c) if c.profile else None
+
+    def save(step):
+        return parallel.save_checkpoint(c.out_dir, step, run_tensors(v3, optimizer, ema),
+                                        {"config": dataclasses.asdict(c), "data": data.identity, "updates": updates,
+                                         "rng": None, "torch": torch.__version__}, tokenizer)
+
+    def report(step):
+        loss, bpb = evaluate(v3, data)
+        log.write(step=step, time=time.time() - log.began, val_loss=loss, val_bpb=bpb)
+        xz = data.identity["val_xz_bytes"]
+        against = f", {bpb / (8 * xz / data.val_bytes):.3f}x of xz -9e" if xz else ""
+        print(f"step {step}: val loss {loss:.4f} nats per token, {bpb:.4f} bits per byte{against}", flush=True)
+
+    v3.train()
+    skipped, saved = 0, start
+    busy, seen, shown = 0.0, 0, start                                                     # since the last progress line
+    with Interrupt() as interrupt:
+        for step in range(start, c.max_steps):
+            began = time.time()
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(c, step)
+            batch = data.batch(step).to(device)                                           # [batch, T+1+n_mtp]
+            totals = [len(batch) * c.seq_len] * counts, len(batch)
+            parts = {"loss": 0.0, "mtp_loss": 0.0, "balance_loss": 0.0}
+            for micro in batch.split(c.micro_batch_size):
+                loss, share = v3.loss(micro, totals=totals, mtp_weight=mtp_weight(c, step))
+                loss.backward()
+                parts = {name: parts[name] + share[name] for name in parts}
+            norm = torch.nn.utils.clip_grad_norm_(v3.parameters(), c.grad_clip or math.inf, foreach=True)
+            parts = {name: float(value) for name, value in parts.items()}
+            norm = float(norm)
+
+            gates = v3.gates()
+            vio = torch.stack([max_vio(g.load) for g in gates]).mean().item() if gates else 0.0
+            if math.isfinite(norm) and all(map(math.isfinite, parts.values())):
+                optimizer.step()
+                skipped, updates = 0, updates + 1
+                for gate in gates:
+                    gate.update_bias(bias_update_speed(c, step))
+                for name, p in v3.named_parameters() if ema else ():
+                    ema[name].lerp_(p.detach().to("cpu", non_blocking=True), 1 - c.ema_decay)
+            else:
+                skipped += 1
+                print(f"step {step + 1}: loss {parts['loss']} or gradient norm {norm} is not finite; step skipped "
+                      f"({skipped} in a row)", flush=True)
+                for gate in gates:
+                    gate.load.zero_()
+                if skipped == MAX_SKIPS:
+                    raise UserError(f"{MAX_SKIPS} steps in a row were not finite: lower --lr (now {c.lr}) and go on from "
+                                    f"step {saved} with a new --out_dir, or look at the data around step {step + 1}")
+            optimizer.zero_grad(set_to_none=True)
+
+            done, spent = step + 1, time.time() - began
+            busy, seen = busy + spent, seen + batch.shape[0] * c.seq_len
+            log.write(step=done, time=time.time() - log.began, **parts, max_vio=vio, lr=learning_rate(c, step),
+                      grad_norm=norm, tokens_per_s=batch.shape[0] * c.seq_len / spent)
+            if log.due() or done == c.max_steps or done == start + 1:
+                speed = seen / busy
+                mfu = f"  MFU {speed * a['flops'] / peak:.1%}" if peak else ""
+                print(f"step {done}/{c.max_steps}  loss {parts['loss']:.4f}  mtp {parts['mtp_loss']:.4f}  max_vio {vio:.2f}"
+                      f"  {speed:,.0f} tokens/s{mfu}  {clock((c.max_steps - done) * busy / (done - shown))} left", flush=True)
+                busy, seen, shown = 0.0, 0, done
+            if profiler and profiler(done):
+                return 0
+            if c.eval_interval and done % c.eval_interval == 0 and done < c.max_steps:
+                report(done)
+            if interrupt.code or c.save_interval and done % c.save_interval == 0 or done == c.max_steps:
+                folder, saved = save(done), done
+            if interrupt.code:
+                print(f"saved {folder}; go on with: python train.py {command} --resume --out_dir={c.out_dir}")
+                return interrupt.code
+    report(c.max_steps)
+    finish(c, v3, data, log, command)
+    return 0
+
+
+def profile(c):
+    """Trace steps 4 to 6 of the run; the returned function is told of each finished step, and says when to leave."""
+    def ready(p):
+        Path(c.out_dir).mkdir(parents=True, exist_ok=True)
+        p.export_chrome_trace(os.path.join(c.out_dir, "trace.json"))
+        print(p.key_averages().table(sort_by="self_cpu_time_total", row_limit=12))
+        print(f"wrote {c.out_dir}/trace.json: open it in chrome://tracing or Perfetto")
+
+    tracer = torch.profiler.profile(schedule=torch.profiler.schedule(wait=2, warmup=1, active=3, repeat=1),
+                                    on_trace_ready=ready, record_shapes=True)
+    tracer.start()
+    first = []
+
+    def stepped(step):
+        first.append(step)
+        tracer.step()
+        if len(first) == 6 or step == c.max_steps:
+            tracer.stop()
+            return True
+        return False
+    return stepped
+
+
+# --- after the run --------------------------------------------------------------------------------------------------------------------
+
+def finish(c, v3, data, log, command):
+    """Measured numbers beside the planned ones, the figure, a sample, and what to try next."""
+    import sample
+    steps = [json.loads(line) for line in log.path.read_text(encoding="utf-8").splitlines()]
+    speeds = sorted(s["tokens_per_s"] for s in steps if "tokens_per_s" in s)
+    print(f"measured: {clock(time.time() - log.began)} in all, {speeds[len(speeds) // 2]:,.0f} tokens/s (median step), "
+          f"peak memory {human(backend.peak_memory(v3.embed.weight.device), 'B')}")
+    figure = draw(log.path)
+    print(f"figure: {figure}" if figure else "no figure: pip install -r requirements-extra.txt brings matplotlib")
+    eos = special(data.tokenizer, "eos")
+    v3.eval()
+    prompt = "def " if c.data == "stdlib" else ""
+    tokens = [eos] + data.tokenizer.encode_ordinary(prompt)
+    generator = torch.Generator(v3.embed.weight.device).manual_seed(c.seed)
+    text = sample.generate(v3, [tokens], min(120, c.context - len(tokens)), generator=generator, eos=eos)[0]
+    print("--- sample ---\n" + prompt + data.tokenizer.decode(text) + "\n--------------")
+    print(f"next: python sample.py --out_dir={c.out_dir} --prompt='import '"
+          if c.data == "stdlib" else f"next: python sample.py --out_dir={c.out_dir}")
+
+
+def draw(path):
+    """metrics.png beside metrics.jsonl: loss and expert load over the steps. None where matplotlib is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        return None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    train, val = [r for r in lines if "loss" in r], [r for r in lines if "val_loss" in r]
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.6))
+    for key in ("loss", "mtp_loss"):
+        left.plot([r["step"] for r in train], [r[key] for r in train], label=key, linewidth=0.8)
+    left.plot([r["step"] for r in val], [r["val_loss"] for r in val], "o-", label="val_loss", color="black")
+    left.set(xlabel="step", ylabel="nats per token")
+    left.legend()
+    right.plot([r["step"] for r in train], [r["max_vio"] for r in train], linewidth=0.8)
+    right.set(xlabel="step", ylabel="MaxVio (busiest expert / mean - 1)", ylim=(0, None))
+    figure.tight_layout()
+    figure.savefig(path.with_suffix(".png"), dpi=120)
+    pyplot.close(figure)
+    return path.with_suffix(".png")
+
+
+if __name__ == "__main__":
+    configs.cli(main)

@@ -274,6 +274,11 @@ def parse(argv):
     return Options(**values)
 
 
+def size(v3):
+    """Parameters of the main model, the part that works here: MTP modules only draft."""
+    return sum(p.numel() for name, p in v3.named_parameters() if not name.startswith("mtp."))
+
+
 def respond(v3, tokenizer, prompts, o, generator, what):
     """Print what the model makes of each prompt, then one line on what it took. Returns the exit code."""
     prompts = [prompt for prompt in prompts for _ in range(o.num_samples)]
@@ -302,9 +307,8 @@ def respond(v3, tokenizer, prompts, o, generator, what):
     # The last line goes to stderr, apart from the text, which may go to a file.
     count, per_token = sum(map(len, pieces)), v3.cache(1, 1).bytes_per_token
     cache = per_token * len(ids) * (max(map(len, ids)) + steps)
-    parameters = sum(p.numel() for p in v3.parameters())
     line = f"{count} tokens in {seconds:.2f} s, {count / seconds:.1f} tokens/s; latent cache {per_token:,} bytes a " \
-           f"token, {cache / 1e6:.2f} MB in all; {what}, {parameters / 1e6:.2f}M parameters"
+           f"token, {cache / 1e6:.2f} MB in all; {what}, {size(v3) / 1e6:.2f}M parameters"
     if max(map(len, pieces)) == steps < o.max_tokens:
         line += f"; the context of {v3.config.context} tokens had room for {steps} new ones, not {o.max_tokens}"
     print(f"[{line}]", file=sys.stderr, flush=True)
@@ -335,6 +339,9 @@ def run(o):
     prompts = o.prompt or ["def" if config.data == "stdlib" and not is_hf(folder) else ""]
     room(config, [encode(tokenizer, prompt, o.suffix) for prompt in prompts])
     v3 = weights(folder, config, device, o.ema)
+    if device.type == "cpu" and size(v3) < 1e8:
+        # One token is little work: threads would wait for each other more than they help, on a busy machine for long.
+        torch.set_num_threads(1)
     generator = torch.Generator(device).manual_seed(o.seed)
     # A terminal that can't show a character gets a question mark, not a traceback.
     sys.stdout.reconfigure(errors="replace")

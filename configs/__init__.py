@@ -267,12 +267,8 @@ def check(c, where=None):
         wrong("beta1" if c.beta1 == 1 else "beta2", "must be below 1")
     if c.ema_decay == 1:
         wrong("ema_decay", "must be below 1")
-    if c.decay_end > c.max_steps:
-        wrong("decay_end", f"is after max_steps = {c.max_steps}")
-    if c.decay_start > (c.decay_end or c.max_steps):
-        wrong("decay_start", f"is after decay_end = {c.decay_end or c.max_steps}")
-    if c.warmup_steps > (c.decay_start or c.max_steps):
-        wrong("warmup_steps", f"reaches past decay_start = {c.decay_start or c.max_steps}")
+    if c.decay_end and c.decay_start > c.decay_end:
+        wrong("decay_start", f"is after decay_end = {c.decay_end}")
     if c.min_lr > c.lr:
         wrong("min_lr", f"is more than lr = {c.lr}")
     if not c.data:

@@ -2,6 +2,7 @@
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -10,6 +11,11 @@ from configs import Config                                                      
 from model import V3                                                                    # noqa: E402
 
 torch.set_num_threads(1)                                   # tiny matrices: a second thread only waits for the first
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)                                   # whatever ran before, a test sees the same numbers
 
 
 def tiny(**changes):

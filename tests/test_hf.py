@@ -96,7 +96,7 @@ def test_a_folder_of_ours_becomes_the_same_model_of_theirs(tmp_path, changes):
     same_model(ours, theirs)
 
 
-# --- multi-token prediction ---------------------------------------------------------------------------------------------------
+# --- multi-token prediction -------------------------------------------------------------------------------------------
 
 @pytest.fixture(params=[1, 2], ids=["one depth", "two depths"])
 def pair(request, tmp_path, monkeypatch):
@@ -144,7 +144,7 @@ def test_their_drafting_generation_runs_on_our_folder_and_writes_what_greedy_dec
 
 
 def test_a_folder_of_theirs_that_promises_mtp_and_holds_none_is_read_with_n_mtp_0(tmp_path):
-    theirs = DeepseekV3ForCausalLM(DeepseekV3Config(**hf_config(tiny(n_mtp=1))))             # their save never writes the module
+    theirs = DeepseekV3ForCausalLM(DeepseekV3Config(**hf_config(tiny(n_mtp=1))))    # their save never writes the module
     theirs.save_pretrained(tmp_path / "hf")
     with pytest.raises(UserError, match="model.layers.3.*is missing"):
         V3.from_hf(tmp_path / "hf")
@@ -155,6 +155,6 @@ def test_config_json_survives_a_round_trip_through_transformers(tmp_path):
     c = tiny(q_lora_rank=14, rope_factor=4.0, **YARN)
     DeepseekV3Config(**hf_config(c)).save_pretrained(tmp_path)
     back = config_from_hf(tmp_path)
-    rope = {"rope_theta", "rope_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "original_seq_len", "max_seq_len"}
-    for key in HF_FIELDS.keys() | rope:
+    rope = {"rope_theta", "rope_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "original_seq_len"}
+    for key in HF_FIELDS.keys() | rope | {"max_seq_len"}:
         assert getattr(back, key) == getattr(c, key), key

@@ -2,7 +2,6 @@
 import json
 import math
 import re
-import shutil
 from pathlib import Path
 
 import pytest
@@ -15,11 +14,10 @@ from torch.utils._pytree import tree_leaves
 
 import model
 from configs import Config, UserError, load
-from mla import LatentCache
 from model import V3, CrossEntropy, arithmetic, config_from_hf, from_hf, official_tensors, save_hf, target_totals
 
 
-# --- cross-entropy without the logits -------------------------------------------------------------------------------------
+# --- cross-entropy without the logits ---------------------------------------------------------------------------------
 
 @pytest.fixture
 def small_chunks(monkeypatch):
@@ -84,7 +82,7 @@ def test_no_gradient_is_computed_where_none_is_wanted(small_chunks, monkeypatch)
     assert torch.Size([3000, 32]) not in made                            # no room for the head's gradient: evaluation is cheap
 
 
-# --- the loss ---------------------------------------------------------------------------------------------------------------
+# --- the loss ---------------------------------------------------------------------------------------------------------
 
 def test_the_loss_is_the_main_models_plus_lambda_times_the_mean_mtp_plus_alpha_times_balance():
     v3 = build(n_mtp=2, mtp_weight=0.3, balance_alpha=0.01)
@@ -161,7 +159,7 @@ def test_bf16_activations_train_towards_the_same_loss_with_float32_weights_and_g
     agree(loss, high.loss(tokens)[0], 0.02, "loss")
 
 
-# --- load and bias, in the model ----------------------------------------------------------------------------------------------
+# --- load and bias, in the model --------------------------------------------------------------------------------------
 
 def counts(v3):
     out = [g.load.clone() for g in v3.gates()]
@@ -229,7 +227,7 @@ def test_weight_decay_and_optimizers_never_see_a_gate_bias():
         [name for name in v3.state_dict() if name.endswith("load")]
 
 
-# --- causality, and multi-token prediction --------------------------------------------------------------------------------------
+# --- causality, and multi-token prediction ----------------------------------------------------------------------------
 
 def test_a_later_token_never_moves_an_earlier_logit_nor_mtp_state():
     v3, T = build(n_mtp=2), 8
@@ -281,6 +279,8 @@ def test_mtp_shares_the_embedding_and_the_head_and_its_loss_trains_them():
         grads.append(gradients(v3))
     for name in ("embed.weight", "head.weight", "layers.0.attn.wo.weight", "mtp.0.eh_proj.weight", "norm.weight"):
         assert (grads[1][name] - grads[0][name]).abs().max() > 1e-6, name
+    v3.draft(v3.hidden(tokens[:, :8])[0].detach(), tokens)[0][0].sum().backward()
+    assert gradients(v3)["embed.weight"].abs().max() > 1e-6                          # through Emb(t_{i+1}) itself
 
 
 def test_without_mtp_there_is_no_mtp_loss():
@@ -297,6 +297,17 @@ def test_a_model_of_dense_layers_only_has_no_gates_and_trains():
     assert v3.gates() == [] and parts["balance_loss"] == 0
 
 
+def test_the_logits_are_the_head_on_the_normed_sum_of_embedding_attentions_and_ffns():
+    v3, tokens = build(), random_tokens(2, 6)
+    norm = lambda x, m: x / (x.pow(2).mean(-1, keepdim=True) + v3.config.norm_eps).sqrt() * m.weight
+    x = v3.embed.weight[tokens]
+    for i, block in enumerate(v3.layers):
+        x = x + block.attn(norm(x, block.attn_norm), v3.rope[:6])
+        y = block.ffn(norm(x, block.ffn_norm))
+        x = x + (y if i < 1 else y[0])                                               # the first is dense, the others mixtures
+    agree(v3(tokens), norm(x, v3.norm) @ v3.head.weight.T, 1e-12)
+
+
 def test_a_block_is_its_four_parts():
     v3, tokens = build(), random_tokens(2, 6)
     x = v3.embedding(tokens)
@@ -309,7 +320,7 @@ def test_a_block_is_its_four_parts():
         x = expected
 
 
-# --- decoding through the latent cache --------------------------------------------------------------------------------------------
+# --- decoding through the latent cache --------------------------------------------------------------------------------
 
 CACHED = pytest.mark.parametrize("changes", [dict(), dict(q_lora_rank=14, **YARN), GROUPS], ids=["plain", "YaRN", "groups"])
 
@@ -370,7 +381,7 @@ def test_the_models_cache_takes_the_bytes_that_its_arithmetic_says(precision, si
     agree(torch.cat([first, last], 1), full, 1e-5 if size == 4 else 0.05)
 
 
-# --- precision of the module itself ------------------------------------------------------------------------------------------------
+# --- precision of the module itself -----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("cast", [lambda m: m.double(), lambda m: m.to(torch.float64)], ids=["double()", "to(float64)"])
 def test_a_float64_model_gives_the_float32_models_logits(cast):
@@ -387,7 +398,7 @@ def test_a_bf16_model_keeps_float32_gate_biases():
     assert {g.bias.dtype for g in v3.gates()} == {torch.float32}
 
 
-# --- initialization -----------------------------------------------------------------------------------------------------------------
+# --- initialization ---------------------------------------------------------------------------------------------------
 
 def test_a_tensor_has_the_same_initial_values_whatever_else_the_model_holds():
     small, large = (official_tensors(V3(tiny(n_layers=n, n_mtp=0, n_routed_experts=e))) for n, e in ((2, 8), (4, 16)))
@@ -411,7 +422,7 @@ def test_initial_weights_are_normal_with_the_configs_deviation_and_all_different
     assert not torch.equal(other["lm_head.weight"], tensors["lm_head.weight"])
 
 
-# --- sizes ----------------------------------------------------------------------------------------------------------------------------
+# --- sizes ------------------------------------------------------------------------------------------------------------
 
 def v3_671b():
     path = Path(model.__file__).with_name("configs") / "v3_671b.py"
@@ -449,7 +460,7 @@ def test_the_flops_are_six_per_active_weight_plus_attention():
     assert arithmetic(c)["flops"] == 6 * products + 3 * attention
 
 
-# --- folders under the official names -------------------------------------------------------------------------------------------------
+# --- folders under the official names ---------------------------------------------------------------------------------
 
 @pytest.fixture
 def folder(tmp_path):
@@ -486,19 +497,44 @@ def test_a_saved_folder_gives_the_same_model_back_bit_for_bit(tmp_path, monkeypa
     assert torch.equal(back(tokens), v3(tokens))
 
 
-def test_a_folder_has_the_official_names(folder):
+def test_each_official_name_holds_the_tensor_that_it_names(folder):
+    v3, stored = from_hf(folder), load_file(shard(folder))
+    dense, moe, mtp = v3.layers[0], v3.layers[2], v3.mtp[0]
+    for name, tensor in {
+            "model.embed_tokens.weight": v3.embed.weight, "lm_head.weight": v3.head.weight, "model.norm.weight": v3.norm.weight,
+            "model.layers.0.input_layernorm.weight": dense.attn_norm.weight,
+            "model.layers.0.post_attention_layernorm.weight": dense.ffn_norm.weight,
+            "model.layers.0.self_attn.q_proj.weight": dense.attn.wq.weight,
+            "model.layers.0.self_attn.kv_a_proj_with_mqa.weight": dense.attn.wkv_a.weight,
+            "model.layers.0.self_attn.kv_a_layernorm.weight": dense.attn.kv_norm.weight,
+            "model.layers.0.self_attn.kv_b_proj.weight": dense.attn.wkv_b.weight,
+            "model.layers.0.self_attn.o_proj.weight": dense.attn.wo.weight,
+            "model.layers.0.mlp.gate_proj.weight": dense.ffn.w13.weight[:44],          # the half that silu takes
+            "model.layers.0.mlp.up_proj.weight": dense.ffn.w13.weight[44:],
+            "model.layers.0.mlp.down_proj.weight": dense.ffn.w2.weight,
+            "model.layers.2.mlp.gate.weight": moe.ffn.gate.weight,
+            "model.layers.2.mlp.gate.e_score_correction_bias": moe.ffn.gate.bias,
+            "model.layers.2.mlp.experts.5.gate_proj.weight": moe.ffn.w13[5, :12],
+            "model.layers.2.mlp.experts.5.up_proj.weight": moe.ffn.w13[5, 12:],
+            "model.layers.2.mlp.experts.5.down_proj.weight": moe.ffn.w2[5],
+            "model.layers.2.mlp.shared_experts.up_proj.weight": moe.ffn.shared.w13.weight[12:],
+            "model.layers.3.enorm.weight": mtp.enorm.weight, "model.layers.3.hnorm.weight": mtp.hnorm.weight,
+            "model.layers.3.eh_proj.weight": mtp.eh_proj.weight, "model.layers.3.shared_head.norm.weight": mtp.norm.weight,
+            "model.layers.3.mlp.experts.0.down_proj.weight": mtp.block.ffn.w2[0],
+            "model.layers.3.embed_tokens.weight": v3.embed.weight,
+            "model.layers.3.shared_head.head.weight": v3.head.weight}.items():
+        assert torch.equal(stored[name], tensor), name
+    assert len({tuple(t.flatten()[:4].tolist()) for t in stored.values()}) == len(stored) - 2      # only those two repeat
+
+
+def test_the_index_lists_every_tensor(folder):
     names = set(load_file(shard(folder)))
-    assert {"model.embed_tokens.weight", "lm_head.weight", "model.norm.weight", "model.layers.0.mlp.gate_proj.weight",
-            "model.layers.1.mlp.gate.e_score_correction_bias", "model.layers.2.mlp.experts.7.down_proj.weight",
-            "model.layers.2.mlp.shared_experts.up_proj.weight", "model.layers.0.self_attn.kv_a_proj_with_mqa.weight",
-            "model.layers.3.eh_proj.weight", "model.layers.3.enorm.weight", "model.layers.3.shared_head.norm.weight",
-            "model.layers.3.embed_tokens.weight", "model.layers.3.shared_head.head.weight"} < names
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     assert set(index["weight_map"]) == names and set(index["weight_map"].values()) == {shard(folder).name}
 
 
 def test_the_released_config_json_is_the_671b_config(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({                      # as DeepSeek released it: rope_scaling, not _parameters
+    (tmp_path / "config.json").write_text(json.dumps({                      # as DeepSeek released it, with rope_scaling
         "model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"], "attention_bias": False, "ep_size": 1,
         "first_k_dense_replace": 3, "hidden_act": "silu", "hidden_size": 7168, "initializer_range": 0.02,
         "intermediate_size": 18432, "kv_lora_rank": 512, "max_position_embeddings": 163840, "moe_intermediate_size": 2048,

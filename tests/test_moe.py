@@ -27,7 +27,7 @@ def random_affinities(tokens, experts):
     return torch.rand(tokens, experts, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 0.9 + 0.05
 
 
-# --- the gate: selection and weights ----------------------------------------------------------------------------------------
+# --- the gate: selection and weights ----------------------------------------------------------------------------------
 
 def test_the_bias_moves_the_selection_and_never_the_weight():
     s = [[0.9, 0.8, 0.3, 0.2]]
@@ -61,8 +61,7 @@ def test_bias_and_load_are_buffers_that_no_gradient_and_no_optimizer_sees():
 
 
 def test_bf16_activations_are_routed_in_float32():
-    torch.manual_seed(0)
-    g = lively(Gate(tiny(dim=16)))
+    g = Gate(tiny(dim=16))
     torch.nn.init.normal_(g.weight)
     x = torch.randn(1, 100, 16).bfloat16()
     low, high = g(x), g(x.float())
@@ -70,7 +69,7 @@ def test_bf16_activations_are_routed_in_float32():
     assert torch.equal(low.indices, high.indices) and torch.equal(low.weights, high.weights)
 
 
-# --- node-limited routing ----------------------------------------------------------------------------------------------------
+# --- node-limited routing ---------------------------------------------------------------------------------------------
 
 def chosen_by_hand(s, bias, k, groups, limited, closed=float("-inf")):
     """One token in plain Python: its best groups by the sum of their best two, then the best k experts of those groups.
@@ -113,7 +112,7 @@ def test_the_bias_counts_in_a_groups_score():
     assert set(route(gate(4, 2, bias=[0, 0, 0.2, 0.2], **groups), s).indices[0].tolist()) == {2, 3}
 
 
-# --- balancing without a loss: load and bias ---------------------------------------------------------------------------------
+# --- balancing without a loss: load and bias --------------------------------------------------------------------------
 
 def test_the_load_counts_the_tokens_of_each_expert():
     routing = route(gate(4, 2), [[.9, .8, .1, .2], [.9, .1, .8, .2], [.9, .8, .2, .1]])
@@ -165,7 +164,7 @@ def test_max_vio_is_the_largest_load_over_the_mean_minus_one():
     assert max_vio(load).tolist() == [1.0, 0.0]                # mean 3: 6 / 3 - 1
 
 
-# --- the balance loss (eq 17-20) ----------------------------------------------------------------------------------------------
+# --- the balance loss (eq 17-20) --------------------------------------------------------------------------------------
 
 # Two sequences of two tokens, E = 2, K = 1.
 #   sequence A: s  = (.6, .2), (.6, .4)       top-1 is expert 0 twice: f = 2/(1*2) * (2, 0) = (2, 0)
@@ -220,10 +219,9 @@ def test_no_balance_loss_in_evaluation_nor_at_alpha_zero():
     assert route(gate(2, 1, balance_alpha=0.0), [A]).balance == 0
 
 
-# --- dispatch, experts, combine ------------------------------------------------------------------------------------------------
+# --- dispatch, experts, combine ---------------------------------------------------------------------------------------
 
 def mixture(bias=None, **changes):
-    torch.manual_seed(0)
     moe = lively(MoE(tiny(**changes))).double()
     for p in moe.parameters():
         torch.nn.init.normal_(p, std=0.3)
@@ -314,7 +312,6 @@ def test_the_three_parts_are_the_layer():
 
 
 def test_the_ffn_is_w2_of_silu_w1_times_w3_in_values_and_gradients():
-    torch.manual_seed(0)
     ffn = FFN(7, 5).double()
     for p in ffn.parameters():
         torch.nn.init.normal_(p)
@@ -335,7 +332,6 @@ def test_the_ffn_is_w2_of_silu_w1_times_w3_in_values_and_gradients():
 
 def test_bf16_activations_give_the_float32_layer_to_bf16s_precision():
     c = tiny(n_activated_experts=1)
-    torch.manual_seed(0)
     moe = lively(MoE(c))
     for p in moe.parameters():
         torch.nn.init.normal_(p, std=0.3)

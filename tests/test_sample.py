@@ -16,7 +16,7 @@ import mla
 import parallel
 import sample
 from configs import Config, UserError
-from model import V3, official_tensors, save_hf
+from model import V3, arithmetic, official_tensors, save_hf
 
 ROOT = Path(__file__).resolve().parent.parent
 BYTES = data.get_tokenizer("bytes")                                                     # 256 bytes and 4 special tokens
@@ -250,7 +250,7 @@ def test_the_command_prints_the_document_and_one_line_on_what_it_took(run, comma
     per_token = 3 * (16 + 10) * 4                      # layers * (r_kv + d_r) * float32
     assert f"[9 tokens in " in err and "tokens/s" in err and "trained for 7 of 1000 steps" in err
     assert f"{per_token:,} bytes a token, {per_token * (3 + 9) / 1e6:.2f} MB in all" in err
-    assert f"{sum(p.numel() for p in v3.parameters()) / 1e6:.2f}M parameters" in err
+    assert f"{arithmetic(v3.config)['total'] / 1e6:.2f}M parameters" in err
     assert command(f"--out_dir={run}", "--prompt=ab", "--max_tokens=9", "--seed=3", "--stream=False")[1] == out
     assert command(f"--out_dir={run}", "--prompt=ab", "--max_tokens=9", "--seed=4")[1] != out
 
@@ -262,7 +262,7 @@ def test_several_prompts_and_samples_are_one_batch(run, command):
 
 
 def test_the_last_line_says_when_the_context_was_shorter_than_what_was_asked(run, command):
-    code, out, err = command(f"--out_dir={run}", "--prompt=" + 27 * "a", "--temperature=0")   # with eos: 28 of 32 tokens
+    code, out, err = command(f"--out_dir={run}", "--prompt=" + 27 * "a", "--temperature=0")  # with eos: 28 of 32 tokens
     assert code == 0 and "[5 tokens" in err and "context of 32 tokens had room for 5 new ones, not 200" in err
 
 

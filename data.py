@@ -218,9 +218,9 @@ SPECIAL = {"eos": ("<|eos_token|>", "<｜end▁of▁sentence｜>", "<|endoftext|
 OURS = [names[0] for names in SPECIAL.values()]
 
 # A text is first cut into pieces, and merges never cross a cut. In order: digits by threes; a punctuation mark leading
-# an ASCII word; a word with the blank before it; punctuation, with line breaks and indentation after it; line breaks and
-# indentation; other white space; whatever is left. White space leaves its last blank to the word behind it: so " return"
-# is one token at any depth.
+# an ASCII word; a word with the blank before it; punctuation, with line breaks and indentation after it; line breaks
+# and indentation; other white space; whatever is left. White space leaves its last blank to the word behind it: so
+# " return" is one token at any depth.
 BREAK = r"[\r\n]+(?:[ \t]+(?!\S))?"
 PATTERN = "|".join((r"\p{N}{1,3}", r"[!-/:-@\[-`{-~][A-Za-z]+", r"[^\r\n\p{L}\p{M}\p{N}\p{P}\p{S}]?[\p{L}\p{M}]+",
                     rf" ?[\p{{P}}\p{{S}}]+(?:{BREAK})?", rf"\s*{BREAK}", r"\s+(?!\S)", r"\s+", r"[\s\S]"))
@@ -257,6 +257,19 @@ def build(name, pattern, tokens):
     """Encoding of `tokens`, a list of bytes whose index is both id and rank, with our special tokens after them."""
     return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks={t: i for i, t in enumerate(tokens)},
                              special_tokens={s: len(tokens) + i for i, s in enumerate(OURS)})
+
+
+def fitting(encoding, config):
+    """The encoding, if the config can be trained with it. UserError: too many tokens, no eos, no tokens for FIM."""
+    name, n = config.tokenizer, encoding.n_vocab
+    if n > config.vocab_size:
+        raise UserError(f"tokenizer {name}: {n} tokens, more than vocab_size = {config.vocab_size}; "
+                        f"write --vocab_size={n} or more")
+    if special(encoding, "eos") is None:
+        raise UserError(f"tokenizer {name}: no token to end a document; add {' or '.join(SPECIAL['eos'])}")
+    if config.fim_rate and None in (special(encoding, s) for s in ("fim_begin", "fim_hole", "fim_end")):
+        raise UserError(f"tokenizer {name}: no tokens for fill-in-the-middle; write --fim_rate=0")
+    return encoding
 
 
 def train_bpe(texts, vocab_size):
@@ -606,7 +619,7 @@ class Data:
 
     def __init__(self, config):
         start, self.config = time.time(), config
-        encoding = None if config.tokenizer == "bpe" else get_tokenizer(config.tokenizer)
+        encoding = None if config.tokenizer == "bpe" else fitting(get_tokenizer(config.tokenizer), config)
         docs = documents(config.data)
         train, val = split(docs)
         corpus = sha256(*(part for doc in docs for part in doc))
@@ -619,10 +632,9 @@ class Data:
             encoding = load_tokenizer(bpe_at)
         trained = encoding is None
         if trained:
-            encoding = train_bpe([text for _, text in train], config.vocab_size)
+            encoding = fitting(train_bpe([text for _, text in train], config.vocab_size), config)
             say(f"tokenizer bpe: {encoding.n_vocab} tokens trained in {time.time() - start:.1f} s")
         self.tokenizer = encoding
-        self.check_tokenizer()
 
         tokens_at = cache_folder("tokens", corpus, fingerprint(encoding), config.fim_rate, config.seed, SPLIT_RATE)
         cached = tokens_at.exists()
@@ -638,6 +650,7 @@ class Data:
         if trained:
             store(bpe_at, {}, {"tokenizer.json": tokenizer_json(encoding)})
         if not cached:
+            tick("tokens: validation text under xz -9e, a yardstick")
             meta["val_xz_bytes"] = xz_bytes(val_text)
             store(tokens_at, meta, {"train.bin": ids, "val.bin": val_ids})
         self.train, self.val = (np.memmap(tokens_at / f"{side}.bin", meta["dtype"], "r") for side in ("train", "val"))
@@ -651,16 +664,6 @@ class Data:
                          "val_xz_bytes": meta["val_xz_bytes"], "tokenizer_sha256": fingerprint(encoding)}
         # How many sequences came before each step of the ramp.
         self.before = np.cumsum([0, *(batch_size_at(config, step) for step in range(config.batch_ramp))])
-
-    def check_tokenizer(self):
-        c, encoding, n = self.config, self.tokenizer, self.tokenizer.n_vocab
-        if n > c.vocab_size:
-            raise UserError(f"tokenizer {c.tokenizer}: {n} tokens, more than vocab_size = {c.vocab_size}; "
-                            f"write --vocab_size={n} or more")
-        if special(encoding, "eos") is None:
-            raise UserError(f"tokenizer {c.tokenizer}: no token to end a document; add {' or '.join(SPECIAL['eos'])}")
-        if c.fim_rate and None in (special(encoding, s) for s in ("fim_begin", "fim_hole", "fim_end")):
-            raise UserError(f"tokenizer {c.tokenizer}: no tokens for fill-in-the-middle; write --fim_rate=0")
 
     def batch(self, step, rank=0, ranks=1):
         """int64 [n, T+1+n_mtp]: this rank's part of the batch of `step`, a pure function of (config, step).

@@ -34,6 +34,24 @@ from torch import nn
 from fp8 import Linear
 
 
+class Normalize(torch.autograd.Function):
+    """x / rms(x) * weight, with the backward in four passes over memory where autograd would take ten."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        r = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()  # 1 / rms
+        n = x * r
+        ctx.save_for_backward(n, weight, r)
+        return n * weight
+
+    @staticmethod
+    def backward(ctx, grad):
+        n, weight, r = ctx.saved_tensors
+        along = grad * n                                            # n has length sqrt(D): what changes only the length ...
+        dx = (grad * weight).addcmul_(n, (along @ weight / -n.shape[-1]).unsqueeze(-1)).mul_(r)      # ... is taken out
+        return dx, along.flatten(0, -2).sum(0), None
+
+
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last dim; computed in float32 or better, returned in x's dtype."""
 
@@ -43,8 +61,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        high = x.to(torch.promote_types(x.dtype, torch.float32))
-        return F.rms_norm(high, self.weight.shape, self.weight.to(high.dtype), self.eps).to(x.dtype)
+        high = torch.promote_types(x.dtype, torch.float32)
+        return Normalize.apply(x.to(high), self.weight.to(high), self.eps).to(x.dtype)
 
 
 # --- positions: RoPE, and YaRN for contexts longer than the trained one ---------------------------------------------------

@@ -21,13 +21,11 @@ Shapes: B batch, T tokens, N = B*T, D dim, V vocabulary.
 """
 import json
 import os
-import re
 import shutil
 import zlib
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -58,14 +56,17 @@ class CrossEntropy(torch.autograd.Function):
         for start in range(0, len(h), CrossEntropy.ROWS):
             rows, target = (t[start:start + CrossEntropy.ROWS] for t in (h, targets))
             logits = (rows @ w.t()).to(high)                                                  # [chunk, V]
-            valid = (target >= 0).to(high)[:, None]
-            at = target.clamp_min(0)[:, None]
-            lse = logits.logsumexp(1, keepdim=True)
-            total += ((lse - logits.gather(1, at)) * valid).sum()
-            if backward:                                       # d loss / d logits = softmax - one-hot of the target
-                dlogits = logits.sub_(lse).exp_().scatter_add_(1, at, -torch.ones_like(lse)).mul_(valid).to(h.dtype)
-                torch.mm(dlogits, w, out=dh[start:start + len(rows)])
-                dw += dlogits.t() @ rows
+            valid, at = (target >= 0)[:, None], target.clamp_min(0)[:, None]
+            top, picked = logits.amax(1, keepdim=True), logits.gather(1, at)
+            e = logits.sub_(top).exp_()                                                       # softmax = e / e's sum
+            s = e.sum(1, keepdim=True)
+            total += ((s.log() + top - picked) * valid).sum()
+            if backward:
+                # d loss / d logits = softmax - one-hot = (e - s * one-hot) / s: the division by s, and the zero of a row
+                # without target, wait until the rows are D wide and not V.
+                e, scale = e.scatter_add_(1, at, -s).to(h.dtype), (valid / s).to(h.dtype)
+                torch.mm(e, w, out=dh[start:start + len(rows)]).mul_(scale)
+                dw += e.t() @ (rows * scale)
         ctx.save_for_backward(dh, dw)
         return total
 

@@ -1,8 +1,8 @@
 """Which path runs, and why.
 
 Every mechanism of this project has a plain-torch form, the specification. Where a machine offers something faster, the
-choice is made here, from what the tensors are (device, dtype), never from a global switch; the table that train.py prints at
-its start says what was chosen and why, so that no fallback is silent.
+choice is made here, from what the tensors are (device, dtype), never from a global switch; the table that train.py
+prints at its start says what was chosen and why, so that no fallback is silent.
 """
 import ctypes
 import importlib.util
@@ -13,7 +13,8 @@ import torch
 
 from configs import UserError
 
-# Dense BF16 peak of the GPUs we can name, in FLOP/s: the vendors' data sheets. An unknown GPU gets no MFU, not a wrong one.
+# Dense BF16 peak of the GPUs we can name, in FLOP/s: the vendors' data sheets. An unknown GPU gets no MFU, not a wrong
+# one.
 PEAK_BF16 = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
 
 
@@ -28,8 +29,9 @@ def device(name):
 
 
 def keep_freed_memory():
-    """Tell glibc to keep what torch frees on a CPU instead of giving it back to the system and faulting it in again, page by
-    page, at every step: a small model's step takes up to a third less time. Elsewhere than on glibc nothing happens."""
+    """Tell glibc to keep what torch frees on a CPU instead of giving it back to the system and faulting it in again,
+    page by page, at every step: a small model's step takes up to a third less time. Elsewhere than on glibc nothing
+    happens."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):

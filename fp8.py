@@ -1,8 +1,8 @@
 """Linear: the one matrix product with a weight that every layer of the model goes through.
 
-The weights are kept in FP32 (they are the optimizer's master copy); the product runs in the dtype of the activations that
-come in, so one cast here decides the precision of the whole model, and the gradient of that cast hands an FP32 gradient
-back to the weight. In V3 (section 3.3) all three products of a Linear run in FP8 with fine-grained scales,
+The weights are kept in FP32 (they are the optimizer's master copy); the product runs in the dtype of the activations
+that come in, so one cast here decides the precision of the whole model, and the gradient of that cast hands an FP32
+gradient back to the weight. In V3 (section 3.3) all three products of a Linear run in FP8 with fine-grained scales,
 
     Fprop  y  = x  W^T        x  [N, in]    W [out, in]
     Dgrad  dx = dy W          dy [N, out]

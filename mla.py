@@ -1,9 +1,9 @@
 """Multi-head Latent Attention (MLA): the report's section 2.1.1, equations 1-11.
 
-The problem. To write its next token, a transformer reads the keys and values of every token before it. Multi-head attention
-caches 2 * H * d numbers per token and layer; at V3's size (128 heads of 128 dims, 61 layers) that is 4 MB a token, and
-reading it is what generation spends its time on. MLA caches one small vector from which all heads' keys and values can be
-made again: 70 KB a token.
+The problem. To write its next token, a transformer reads the keys and values of every token before it. Multi-head
+attention caches 2 * H * d numbers per token and layer; at V3's size (128 heads of 128 dims, 61 layers) that is 4 MB a
+token, and reading it is what generation spends its time on. MLA caches one small vector from which all heads' keys and
+values can be made again: 70 KB a token.
 
     x [D] --W_dkv--> c_kv [r_kv] --W_uk--> k_nope [H, d_n]         c_kv and k_rope are cached, nothing else;
       |                  `---------W_uv--> v      [H, d_v]         k_rope is ONE key for all heads, because a
@@ -15,14 +15,14 @@ made again: 70 KB a token.
 
 The same layer in two orders of multiplication, equal in exact arithmetic:
 
-    naive     k_nope = W_uk c_kv and v = W_uv c_kv for every token, then ordinary attention. Best when many queries share
-              the keys: training and prefill.
+    naive     k_nope = W_uk c_kv and v = W_uv c_kv for every token, then ordinary attention. Best when many queries
+              share the keys: training and prefill.
     absorbed  q_nope . (W_uk c) = (W_uk^T q_nope) . c: the query moves into latent space, attention runs directly over
               the cache, where the keys and values of all heads are the SAME tile, and W_uv is applied to the result.
               Best when one query reads a long cache: decoding.
 
-Shapes: B batch, T tokens, S cached tokens, D dim, H heads, r_q r_kv latent ranks, d_n d_r d_v head dims (nope, rope, value).
-RoPE is interleaved as in the released checkpoints: pairs (x0, x1), (x2, x3), ...
+Shapes: B batch, T tokens, S cached tokens, D dim, H heads, r_q r_kv latent ranks, d_n d_r d_v head dims (nope, rope,
+value). RoPE is interleaved as in the released checkpoints: pairs (x0, x1), (x2, x3), ...
 Simplified against V3: nothing in the mathematics. The attention itself is torch's scaled_dot_product_attention.
 """
 import math
@@ -47,7 +47,7 @@ class Normalize(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         n, weight, r = ctx.saved_tensors
-        along = grad * n                                            # n has length sqrt(D): what changes only the length ...
+        along = grad * n                                        # n has length sqrt(D): what changes only the length ...
         dx = (grad * weight).addcmul_(n, (along @ weight / -n.shape[-1]).unsqueeze(-1)).mul_(r)      # ... is taken out
         return dx, along.flatten(0, -2).sum(0), None
 
@@ -65,7 +65,7 @@ class RMSNorm(nn.Module):
         return Normalize.apply(x.to(high), self.weight.to(high), self.eps).to(x.dtype)
 
 
-# --- positions: RoPE, and YaRN for contexts longer than the trained one ---------------------------------------------------
+# --- positions: RoPE, and YaRN for contexts longer than the trained one -----------------------------------------------
 
 def yarn_mscale(c, mscale):
     """YaRN's attention temperature 0.1 * mscale * ln(s) + 1; 1 while YaRN is off (section 4.3)."""
@@ -75,19 +75,21 @@ def yarn_mscale(c, mscale):
 def rope_table(c):
     """exp(i * position * frequency) as complex64 [context, d_r/2]; `c` is a Config.
 
-    With YaRN (on only when the context exceeds original_seq_len) the slow dims, those that turn less than beta_slow times
-    over the trained length, are stretched by rope_factor, the fast ones (more than beta_fast turns) are left alone, and a
-    ramp joins the two. The angles are formed in float64: at position 100,000 a float32 angle is off by 0.004 rad.
+    With YaRN (on only when the context exceeds original_seq_len) the slow dims, those that turn less than beta_slow
+    times over the trained length, are stretched by rope_factor, the fast ones (more than beta_fast turns) are left
+    alone, and a ramp joins the two. The angles are formed in float64: at position 100,000 a float32 angle is off by
+    0.004 rad; and on the CPU, because not every device has float64.
     """
     d, base = c.qk_rope_head_dim, c.rope_theta
-    frequency = base ** -(torch.arange(0, d, 2, dtype=torch.float64) / d)                               # [d_r/2]
+    frequency = base ** -(torch.arange(0, d, 2, dtype=torch.float64, device="cpu") / d)                        # [d_r/2]
     if c.context > c.original_seq_len:
         def dim_with(turns):                                  # the (fractional) dim that turns so often over the length
             return d * math.log(c.original_seq_len / (turns * 2 * math.pi)) / (2 * math.log(base))
         low, high = max(math.floor(dim_with(c.beta_fast)), 0), min(math.ceil(dim_with(c.beta_slow)), d - 1)
-        ramp = ((torch.arange(d // 2, dtype=torch.float64) - low) / max(high - low, 0.001)).clamp(0, 1)   # 0: keep, 1: stretch
+        dims = torch.arange(d // 2, dtype=torch.float64, device="cpu")
+        ramp = ((dims - low) / max(high - low, 0.001)).clamp(0, 1)                             # 0: keep, 1: stretch
         frequency = frequency * (1 - ramp) + frequency / c.rope_factor * ramp
-    angle = torch.arange(c.context, dtype=torch.float64)[:, None] * frequency                     # [context, d_r/2]
+    angle = torch.arange(c.context, dtype=torch.float64, device="cpu")[:, None] * frequency           # [context, d_r/2]
     length = yarn_mscale(c, c.mscale) / yarn_mscale(c, c.mscale_all_dim)                           # 1 in V3
     return torch.polar(torch.full_like(angle, length), angle).to(torch.complex64)
 
@@ -102,15 +104,15 @@ def apply_rope(x, rope):
     return torch.view_as_real(pairs * rope.unsqueeze(-2)).flatten(-2).to(x.dtype)
 
 
-# --- the cache --------------------------------------------------------------------------------------------------------------
+# --- the cache --------------------------------------------------------------------------------------------------------
 
 class LatentCache:
-    """What attention remembers of each token: [c_kv ; k_rope], r_kv + d_r numbers per layer (eq 1-3), for B sequences of
-    different lengths.
+    """What attention remembers of each token: [c_kv ; k_rope], r_kv + d_r numbers per layer (eq 1-3), for B sequences
+    of different lengths.
 
-    The buffer is allocated once for `capacity` tokens a row, so a new token costs the write of its own latents and never a
-    copy of the old ones. `lengths` [B] counts the tokens each row has kept; what lies beyond it is overwritten later.
-    Raises ValueError when a row would grow past the capacity.
+    The buffer is allocated once for `capacity` tokens a row, so a new token costs the write of its own latents and
+    never a copy of the old ones. `lengths` [B] counts the tokens each row has kept; what lies beyond it is overwritten
+    later. Raises ValueError when a row would grow past the capacity.
     """
 
     def __init__(self, layers, batch, capacity, width, device=None, dtype=torch.float32):
@@ -126,8 +128,8 @@ class LatentCache:
     def positions(self, tokens):
         """Positions [B, T] of the next `tokens` tokens of every row."""
         if self.longest + tokens > self.capacity:
-            raise ValueError(f"latent cache of {self.capacity} tokens is full: {self.longest} are held and {tokens} more "
-                             f"were given; ask for a larger capacity or a shorter prompt")
+            raise ValueError(f"latent cache of {self.capacity} tokens is full: {self.longest} are held and {tokens} "
+                             f"more were given; ask for a larger capacity or a shorter prompt")
         return self.lengths[:, None] + torch.arange(tokens, device=self.lengths.device)
 
     def write(self, layer, positions, latent):
@@ -137,12 +139,13 @@ class LatentCache:
         return self.latents[layer][:, :self.longest + latent.shape[1]]
 
     def advance(self, counts):
-        """Keep the first counts[b] of the tokens just written to row b: int or int64 [B] (fewer where a row was padded)."""
+        """Keep the first counts[b] of the tokens just written to row b: int or int64 [B] (fewer where a row was
+        padded)."""
         self.lengths += counts
         self.longest = int(self.lengths.max()) if torch.is_tensor(counts) else self.longest + counts
 
 
-# --- attention ----------------------------------------------------------------------------------------------------------------
+# --- attention --------------------------------------------------------------------------------------------------------
 
 def attention_naive(q_nope, q_rope, k_nope, k_rope, v, scale):
     """Causal attention with keys and values made for every head (eq 10).
@@ -157,10 +160,11 @@ def attention_naive(q_nope, q_rope, k_nope, k_rope, v, scale):
 
 
 def attention_absorbed(q_latent, q_rope, latents, positions, scale):
-    """Attention over the cache itself: one key of r_kv + d_r dims for all heads, whose first r_kv dims are the value too.
+    """Attention over the cache itself: one key of r_kv + d_r dims for all heads, whose first r_kv dims are the value
+    too.
 
-    q_latent [B, T, H, r_kv]; q_rope [B, T, H, d_r]; latents [B, S, r_kv + d_r]; positions [B, T] of the queries: query t of
-    row b sees keys 0..positions[b, t]. Softmax in float32 or better. -> [B, T, H, r_kv]
+    q_latent [B, T, H, r_kv]; q_rope [B, T, H, d_r]; latents [B, S, r_kv + d_r]; positions [B, T] of the queries: query
+    t of row b sees keys 0..positions[b, t]. Softmax in float32 or better. -> [B, T, H, r_kv]
     """
     r_kv = q_latent.shape[-1]
     scores = torch.einsum("bthr,bsr->bths", torch.cat([q_latent, q_rope], -1), latents) * scale
@@ -190,8 +194,8 @@ class MLA(nn.Module):
         self.wo = Linear(self.H * self.d_v, c.dim)
 
     def forward(self, x, rope, cache=None, layer=0, positions=None):
-        """rope: rows of rope_table for these tokens, [T, d_r/2] or [B, T, d_r/2]. With a cache: its `layer` to write, and
-        the `positions` [B, T] that it gave for these tokens."""
+        """rope: rows of rope_table for these tokens, [T, d_r/2] or [B, T, d_r/2]. With a cache: its `layer` to write,
+        and the `positions` [B, T] that it gave for these tokens."""
         q = self.wq_b(self.q_norm(self.wq_a(x))) if hasattr(self, "wq_a") else self.wq(x)
         q_nope, q_rope = q.unflatten(-1, (self.H, -1)).split([self.d_n, self.d_r], -1)        # [B, T, H, d_n], d_r
         q_rope = apply_rope(q_rope, rope)

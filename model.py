@@ -7,8 +7,8 @@
 A block is written in four parts, attention | dispatch | experts | combine, because a pipeline that overlaps one
 micro-batch's communication with another's arithmetic (section 3.2.1) needs to cut it there.
 
-Multi-token prediction (MTP, section 2.2): depth k is one more block that, from the state of token i and the embedding of
-token i+k, predicts token i+k+1:
+Multi-token prediction (MTP, section 2.2): depth k is one more block that, from the state of token i and the embedding
+of token i+k, predicts token i+k+1:
 
     x_i = M_k [ norm(Emb(t_{i+k})) ; norm(h_i^{k-1}) ],  h^k = norm(block(x)),  logits = head(h^k)          (eq 21-23)
 
@@ -37,13 +37,13 @@ from mla import MLA, LatentCache, RMSNorm, rope_table
 from moe import FFN, MoE
 
 
-# --- the loss: cross-entropy without the [N, vocab] logits ---------------------------------------------------------------
+# --- the loss: cross-entropy without the [N, vocab] logits ------------------------------------------------------------
 
 class CrossEntropy(torch.autograd.Function):
     """Sum over rows of -log softmax(h W^T)[target]; h [N, D], weight [V, D], targets int64 [N], -1 = no target.
 
-    At V3's vocabulary the logits of one 4096-token sequence are 2 GB, and their gradient as much again. So a chunk of rows
-    at a time: logits, loss, and at once the gradients of h and W, after which the chunk's logits are forgotten.
+    At V3's vocabulary the logits of one 4096-token sequence are 2 GB, and their gradient as much again. So a chunk of
+    rows at a time: logits, loss, and at once the gradients of h and W, after which the chunk's logits are forgotten.
     """
     ROWS = 1024
 
@@ -62,8 +62,8 @@ class CrossEntropy(torch.autograd.Function):
             s = e.sum(1, keepdim=True)
             total += ((s.log() + top - picked) * valid).sum()
             if backward:
-                # d loss / d logits = softmax - one-hot = (e - s * one-hot) / s: the division by s, and the zero of a row
-                # without target, wait until the rows are D wide and not V.
+                # d loss / d logits = softmax - one-hot = (e - s * one-hot) / s: the division by s, and the zero of a
+                # row without target, wait until the rows are D wide and not V.
                 e, scale = e.scatter_add_(1, at, -s).to(h.dtype), (valid / s).to(h.dtype)
                 torch.mm(e, w, out=dh[start:start + len(rows)]).mul_(scale)
                 dw += e.t() @ (rows * scale)
@@ -73,10 +73,11 @@ class CrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         dh, dw = ctx.saved_tensors
-        return grad.to(dh.dtype) * dh, grad.to(dw.dtype) * dw, None
+        # In grad's float32: 1 / number of targets is no BF16 number.
+        return (grad * dh.to(grad.dtype)).to(dh.dtype), grad.to(dw.dtype) * dw, None
 
 
-# --- the model ------------------------------------------------------------------------------------------------------------------
+# --- the model --------------------------------------------------------------------------------------------------------
 
 class Block(nn.Module):
     """One transformer layer: x [B, T, D] -> ([B, T, D], Routing or None)."""
@@ -128,13 +129,15 @@ class MTP(nn.Module):
 
 
 class V3(nn.Module):
-    """DeepSeek-V3 from a Config. tokens int64 [B, T] -> logits [B, T, vocab]; `loss` for training; `cache` for decoding.
+    """DeepSeek-V3 from a Config. tokens int64 [B, T] -> logits [B, T, vocab]; `loss` for training; `cache` for
+    decoding.
 
     Weights are float32 (or what .to() made of them); config.precision sets the dtype of the activations and so of the
-    matrix products. Built under torch.device("meta") it costs no memory and is not initialized.
+    matrix products. Built under torch.device("meta") it costs no memory and is not initialized, nor is it with
+    initialize=False, for whoever loads the weights.
     """
 
-    def __init__(self, config):
+    def __init__(self, config, initialize=True):
         super().__init__()
         c = self.config = config
         self.embed = nn.Embedding(c.vocab_size, c.dim)
@@ -142,13 +145,15 @@ class V3(nn.Module):
         self.norm = RMSNorm(c.dim, c.norm_eps)
         self.head = Linear(c.dim, c.vocab_size)
         self.mtp = nn.ModuleList(MTP(c) for _ in range(c.n_mtp))
-        self.register_buffer("rope", rope_table(c), persistent=False)                        # complex64 [context, d_r/2]
-        self.init()
+        rope = rope_table(c).to(torch.get_default_device())
+        self.register_buffer("rope", rope, persistent=False)                                # complex64 [context, d_r/2]
+        if initialize:
+            self.init()
 
     @torch.no_grad()
     def init(self):
-        """Normal weights, norms of one. Every official tensor has a generator of its own, seeded by its name: any layout
-        of ranks that holds the tensor gives it the same values."""
+        """Normal weights, norms of one. Every official tensor has a generator of its own, seeded by its name: any
+        layout of ranks that holds the tensor gives it the same values."""
         for name, tensor in official_tensors(self).items():
             if tensor.ndim > 1 and not tensor.is_meta:
                 seed = zlib.crc32(f"{self.config.seed} {name}".encode())        # 32 bits: a CPU generator reads no more
@@ -156,7 +161,8 @@ class V3(nn.Module):
                 tensor.normal_(0.0, self.config.init_std, generator=generator)
 
     def _apply(self, fn, recurse=True):
-        # .to(dtype) means the weights. RoPE's table would lose its imaginary part, and BF16 gate biases choose other experts.
+        # .to(dtype) means the weights. RoPE's table would lose its imaginary part, and BF16 gate biases choose other
+        # experts.
         kept = [(module, dict(module._buffers)) for module in self.modules()]
         for module, _ in kept:
             module._buffers.clear()
@@ -171,19 +177,26 @@ class V3(nn.Module):
         x = self.embed(tokens)
         return x.to(torch.bfloat16) if self.config.precision == "bf16" else x
 
+    def run(self, module, *args):
+        """module(*args); with config.recompute its activations are made again in backward instead of kept."""
+        again = self.config.recompute and self.training
+        return checkpoint(module, *args, use_reentrant=False) if again else module(*args)
+
     def hidden(self, tokens, cache=None):
         """tokens [B, T] -> (states after the final norm [B, T, D], the Routing of each MoE layer).
 
         With a LatentCache the tokens follow those it holds; the caller then advances it by the tokens it wants to keep.
         """
+        if tokens.shape[1] > self.config.context:
+            raise ValueError(f"{tokens.shape[1]} tokens are more than the context of {self.config.context}")
         x, routings = self.embedding(tokens), []
         positions = cache.positions(tokens.shape[1]) if cache else None
         rope = self.rope[positions] if cache else self.rope[:tokens.shape[1]]
         for i, block in enumerate(self.layers):
-            if self.config.recompute and self.training:
-                x, routing = checkpoint(block, x, rope, use_reentrant=False)
-            else:
+            if cache:
                 x, routing = block(x, rope, cache=cache, layer=i, positions=positions)
+            else:
+                x, routing = self.run(block, x, rope)
             routings.append(routing)
         return self.norm(x), [r for r in routings if r]
 
@@ -198,12 +211,12 @@ class V3(nn.Module):
         """The states of every MTP depth over a whole sequence: h [B, T, D] from `hidden`, tokens [B, >= T + n_mtp].
 
         Depth k reads Emb(t_{i+k}), an input of its own prediction and never the target. Returns a list of (states
-        [B, T, D], Routing or None); logits of depth k predict t_{i+k+1}. Depth 2 and up take the state after the norm of
-        the depth before, as the first takes the main model's.
+        [B, T, D], Routing or None); logits of depth k predict t_{i+k+1}. Depth 2 and up take the state after the norm
+        of the depth before, as the first takes the main model's.
         """
         T, out = h.shape[1], []
         for k, module in enumerate(self.mtp, 1):
-            h, routing = module(h, self.embedding(tokens[:, k:T + k]), self.rope[:T])
+            h, routing = self.run(module, h, self.embedding(tokens[:, k:T + k]), self.rope[:T])
             out.append((h, routing))
         return out
 
@@ -211,10 +224,10 @@ class V3(nn.Module):
         """The training loss of one micro-batch: (scalar, parts).
 
         tokens int64 [B, T+1+n_mtp]; valid bool of the same shape: which tokens count as targets (None: all).
-        totals: (targets of each depth [1+n_mtp], sequences) of the whole optimizer step, None: of this micro-batch. Sums
-        are divided by these global numbers, so the losses and gradients of micro-batches, ranks and pipeline stages add
-        up to those of the whole batch. parts: loss (main model, nats per token), mtp_loss, balance_loss, of this share.
-        While training, the gates' load counters grow by this micro-batch's.
+        totals: (targets of each depth [1+n_mtp], sequences) of the whole optimizer step, None: of this micro-batch.
+        Sums are divided by these global numbers, so the losses and gradients of micro-batches, ranks and pipeline
+        stages add up to those of the whole batch. parts: loss (main model, nats per token), mtp_loss, balance_loss, of
+        this share. While training, the gates' load counters grow by this micro-batch's.
         """
         c, T = self.config, tokens.shape[1] - 1 - self.config.n_mtp
         mtp_weight = c.mtp_weight if mtp_weight is None else mtp_weight
@@ -233,9 +246,9 @@ class V3(nn.Module):
         if self.training:
             for gate, routing in zip(self.gates(), routings):
                 gate.load += routing.load
-        total = main + mtp_weight * mtp + c.balance_alpha * balance
-        return total, {name: torch.as_tensor(value).detach()
-                       for name, value in (("loss", main), ("mtp_loss", mtp), ("balance_loss", c.balance_alpha * balance))}
+        balance = c.balance_alpha * balance
+        parts = {"loss": main, "mtp_loss": mtp, "balance_loss": balance}
+        return main + mtp_weight * mtp + balance, {name: torch.as_tensor(part).detach() for name, part in parts.items()}
 
     def gates(self):
         """The gates of all MoE layers, the MTP modules' last."""
@@ -243,10 +256,14 @@ class V3(nn.Module):
         return [b.ffn.gate for b in blocks if isinstance(b.ffn, MoE)]
 
     def cache(self, batch, capacity):
-        """An empty LatentCache for `batch` sequences of up to `capacity` tokens."""
+        """An empty LatentCache for `batch` sequences of up to `capacity` tokens. ValueError if that is beyond the
+        context."""
         c = self.config
+        if capacity > c.context:
+            raise ValueError(f"a cache of {capacity} tokens is more than the context of {c.context}")
         dtype = torch.bfloat16 if c.precision == "bf16" else self.embed.weight.dtype
-        return LatentCache(c.n_layers, batch, capacity, c.kv_lora_rank + c.qk_rope_head_dim, self.embed.weight.device, dtype)
+        width = c.kv_lora_rank + c.qk_rope_head_dim
+        return LatentCache(c.n_layers, batch, capacity, width, self.embed.weight.device, dtype)
 
     @classmethod
     def from_hf(cls, folder, **changes):
@@ -259,30 +276,30 @@ def target_totals(targets, n_mtp):
     return [int((targets[:, k + 1:T + k + 1] >= 0).sum()) for k in range(n_mtp + 1)], len(targets)
 
 
-# --- arithmetic ------------------------------------------------------------------------------------------------------------------
+# --- arithmetic -------------------------------------------------------------------------------------------------------
 
 def arithmetic(c):
     """What a Config costs, counted on the meta device: a dict of
-    total (parameters of the main model), active (those that work on one token, embedding and head included), mtp (the MTP
-    modules' own), flops (training FLOPs per token: forward and backward, MTP included, attention at the mean causal length),
-    cache_bytes (latent cache per token in BF16)."""
+    total (parameters of the main model), active (those that work on one token, embedding and head included), mtp (the
+    MTP modules' own), flops (training FLOPs per token: forward and backward, MTP included, attention at the mean causal
+    length), cache_bytes (latent cache per token in BF16)."""
     with torch.device("meta"):
         v3 = V3(c)
     sizes = {name: tensor.numel() for name, tensor in official_tensors(v3).items() if not name.endswith("_bias")}
     moe_share = c.n_activated_experts / c.n_routed_experts
-    own = lambda name: int(name.split(".")[2]) < c.n_layers if name.startswith("model.layers.") else True
+    own = lambda name: layer_of(name) < c.n_layers
     work = {name: n * (moe_share if ".mlp.experts." in name else 1) for name, n in sizes.items()}
     embed, head = sizes["model.embed_tokens.weight"], sizes["lm_head.weight"]
     active = sum(n for name, n in work.items() if own(name))
     mtp_active = sum(n for name, n in work.items() if not own(name))
-    products = active - embed + mtp_active + c.n_mtp * head                 # a lookup is no product; the head works per depth
+    products = active - embed + mtp_active + c.n_mtp * head           # a lookup is no product; the head works per depth
     attention = 2 * c.n_heads * (c.qk_head_dim + c.v_head_dim) * (c.seq_len + 1) / 2 * (c.n_layers + c.n_mtp)
     return {"total": sum(n for name, n in sizes.items() if own(name)), "active": round(active),
             "mtp": sum(n for name, n in sizes.items() if not own(name)), "flops": round(6 * products + 3 * attention),
             "cache_bytes": (c.kv_lora_rank + c.qk_rope_head_dim) * c.n_layers * 2}
 
 
-# --- official names: Hugging Face folders and checkpoints ----------------------------------------------------------------------
+# --- official names: Hugging Face folders and checkpoints -------------------------------------------------------------
 
 LAYER_NAMES = {                               # ours -> official, inside a layer
     "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
@@ -290,7 +307,8 @@ LAYER_NAMES = {                               # ours -> official, inside a layer
     "attn.wq_b": "self_attn.q_b_proj", "attn.wkv_a": "self_attn.kv_a_proj_with_mqa",
     "attn.kv_norm": "self_attn.kv_a_layernorm", "attn.wkv_b": "self_attn.kv_b_proj", "attn.wo": "self_attn.o_proj",
     "ffn.gate.weight": "mlp.gate.weight", "ffn.gate.bias": "mlp.gate.e_score_correction_bias",
-    "ffn.w13": "mlp.", "ffn.w2": "mlp.", "ffn.shared.w13": "mlp.shared_experts.", "ffn.shared.w2": "mlp.shared_experts."}
+    "ffn.w13": "mlp.", "ffn.w2": "mlp.",
+    "ffn.shared.w13": "mlp.shared_experts.", "ffn.shared.w2": "mlp.shared_experts."}
 MTP_NAMES = {"enorm": "enorm", "hnorm": "hnorm", "eh_proj": "eh_proj", "norm": "shared_head.norm"}
 TOP_NAMES = {"embed": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
 
@@ -329,15 +347,16 @@ def official_index(v3):
 
 
 def official_tensors(v3, tensors=None):
-    """{official name: view} of the model's weights and gate biases, or of `tensors` {our name: tensor of the same shape}
-    (optimizer moments, averages); names that `tensors` lacks are left out."""
+    """{official name: view} of the model's weights and gate biases, or of `tensors` {our name: tensor of the same
+    shape} (optimizer moments, averages); names that `tensors` lacks are left out."""
     tensors = v3.state_dict() if tensors is None else tensors
     return {name: tensors[ours][index] for name, (ours, index) in official_index(v3).items() if ours in tensors}
 
 
 HF_FIELDS = {                                 # Config field: config.json key
     "vocab_size": "vocab_size", "dim": "hidden_size", "n_layers": "num_hidden_layers",
-    "n_dense_layers": "first_k_dense_replace", "inter_dim": "intermediate_size", "moe_inter_dim": "moe_intermediate_size",
+    "n_dense_layers": "first_k_dense_replace", "inter_dim": "intermediate_size",
+    "moe_inter_dim": "moe_intermediate_size",
     "n_heads": "num_attention_heads", "q_lora_rank": "q_lora_rank", "kv_lora_rank": "kv_lora_rank",
     "qk_nope_head_dim": "qk_nope_head_dim", "qk_rope_head_dim": "qk_rope_head_dim", "v_head_dim": "v_head_dim",
     "n_routed_experts": "n_routed_experts", "n_shared_experts": "n_shared_experts",
@@ -346,15 +365,22 @@ HF_FIELDS = {                                 # Config field: config.json key
     "init_std": "initializer_range"}
 
 
+def layer_of(name):
+    """Layer number in an official name; -1 where it has none."""
+    return int(name.split(".")[2]) if name.startswith("model.layers.") else -1
+
+
 def hf_config(c):
     """Config -> the dict of a Hugging Face config.json."""
     rope = {"rope_type": "default", "rope_theta": c.rope_theta}
     if c.context > c.original_seq_len:
         rope.update(rope_type="yarn", type="yarn", factor=c.rope_factor, beta_fast=c.beta_fast, beta_slow=c.beta_slow,
-                    mscale=c.mscale, mscale_all_dim=c.mscale_all_dim, original_max_position_embeddings=c.original_seq_len)
+                    mscale=c.mscale, mscale_all_dim=c.mscale_all_dim,
+                    original_max_position_embeddings=c.original_seq_len)
     return {"architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3",
             **{theirs: getattr(c, ours) for ours, theirs in HF_FIELDS.items()},
-            "q_lora_rank": c.q_lora_rank or None, "num_key_value_heads": c.n_heads, "max_position_embeddings": c.context,
+            "q_lora_rank": c.q_lora_rank or None, "num_key_value_heads": c.n_heads,
+            "max_position_embeddings": c.context,
             "rope_parameters": rope, "rope_theta": c.rope_theta,
             "rope_scaling": rope if rope["rope_type"] == "yarn" else None, "rope_interleave": True,
             "scoring_func": "sigmoid", "topk_method": "noaux_tc", "norm_topk_prob": True, "hidden_act": "silu",
@@ -379,7 +405,8 @@ def config_from_hf(folder, **changes):
     for key, value in expected.items():
         if hf.get(key, value) != value:
             raise UserError(f"{path}: {key} = {hf[key]!r} is not supported, only {value!r}")
-    missing = [key for ours, key in HF_FIELDS.items() if key not in hf and ours not in ("n_mtp", "init_std", "q_lora_rank")]
+    optional = ("n_mtp", "init_std", "q_lora_rank")
+    missing = [key for ours, key in HF_FIELDS.items() if key not in hf and ours not in optional]
     if missing:
         raise UserError(f"{path}: {missing[0]!r} is missing")
     values = {ours: hf[theirs] or 0 if ours == "q_lora_rank" else hf[theirs]
@@ -415,14 +442,16 @@ def from_hf(folder, device="cpu", **changes):
     config = config_from_hf(folder, **changes)
     index = folder / "model.safetensors.index.json"
     try:
-        files = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else ["model.safetensors"]
+        files = ["model.safetensors"]
+        if index.is_file():
+            files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     except (ValueError, KeyError, AttributeError, TypeError) as e:
         raise UserError(f"{index}: not a safetensors index: {e!r}") from None
     absent = [f for f in files if not (folder / f).is_file()]
     if absent:
         raise UserError(f"{folder}: shard {absent[0]} is missing ({len(absent)} of {len(files)}); download it again")
     with torch.device(device):
-        v3 = V3(config)
+        v3 = V3(config, initialize=False)
     wanted = official_tensors(v3)
     copies = {f"model.layers.{config.n_layers + k}.{own}.weight" for k in range(config.n_mtp)
               for own in ("embed_tokens", "shared_head.head")}            # the MTP layers repeat the main model's two
@@ -435,13 +464,16 @@ def from_hf(folder, device="cpu", **changes):
                         scales[name.removesuffix("_scale_inv")] = f.get_tensor(name)
                     elif name in wanted:
                         stored[name] = file
+                    elif "n_mtp" in changes and layer_of(name) >= config.n_layers:
+                        continue                                              # the caller wants fewer MTP modules
                     elif name not in copies and not name.endswith("rotary_emb.inv_freq"):
                         raise UserError(f"{folder / file}: unknown tensor {name}; is config.json the right one?")
         except (SafetensorError, OSError) as e:
             raise UserError(f"{folder / file}: damaged: {e}; download it again") from None
     missing = sorted(set(wanted) - set(stored))
     if missing:
-        raise UserError(f"{folder}: tensor {missing[0]} is missing ({len(missing)} in all)")
+        hint = "; n_mtp=0 leaves the MTP module out" if layer_of(missing[0]) >= config.n_layers else ""
+        raise UserError(f"{folder}: tensor {missing[0]} is missing ({len(missing)} in all){hint}")
     for file in files:
         with safe_open(folder / file, framework="pt") as f:
             for name in (n for n in stored if stored[n] == file):
@@ -460,8 +492,8 @@ def from_hf(folder, device="cpu", **changes):
 
 
 def dequantize(weight, scale_inv):
-    """FP8 weight [out, in] times its scale per 128x128 block [ceil(out/128), ceil(in/128)] (section 3.3; the last blocks may
-    be partial)."""
+    """FP8 weight [out, in] times its scale per 128x128 block [ceil(out/128), ceil(in/128)] (section 3.3; the last
+    blocks may be partial)."""
     scale = scale_inv.repeat_interleave(128, 0).repeat_interleave(128, 1)[:weight.shape[0], :weight.shape[1]]
     return weight.to(torch.float32) * scale
 
@@ -470,7 +502,8 @@ SHARD_BYTES = 5 * 10**9
 
 
 def save_hf(v3, folder):
-    """Write config.json and sharded safetensors under the official names: transformers' from_pretrained reads the folder.
+    """Write config.json and sharded safetensors under the official names: transformers' from_pretrained reads the
+    folder.
 
     Everything goes to a temporary folder first, which is renamed when it is whole. UserError if the folder exists.
     """
@@ -478,7 +511,7 @@ def save_hf(v3, folder):
     if folder.exists():
         raise UserError(f"{folder}: exists already; give another name or remove it")
     tensors = dict(official_tensors(v3))
-    for k in range(c.n_mtp):                                   # the released checkpoint repeats these two in its MTP layer
+    for k in range(c.n_mtp):                                # the released checkpoint repeats these two in its MTP layer
         tensors[f"model.layers.{c.n_layers + k}.embed_tokens.weight"] = v3.embed.weight.detach()
         tensors[f"model.layers.{c.n_layers + k}.shared_head.head.weight"] = v3.head.weight.detach()
     shards, size = [[]], 0

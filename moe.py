@@ -1,8 +1,8 @@
 """DeepSeekMoE with auxiliary-loss-free balancing: the report's section 2.1.2, equations 12-20.
 
-The problem. A token should pay for few parameters and choose among many. Each MoE layer holds E routed experts (small FFNs)
-and one shared expert; a gate sends every token to K of the E. V3: E = 256, K = 8, so 671B parameters of which 37B work on
-any one token. The danger is collapse: a gate that favours some experts trains them more and favours them more.
+The problem. A token should pay for few parameters and choose among many. Each MoE layer holds E routed experts (small
+FFNs) and one shared expert; a gate sends every token to K of the E. V3: E = 256, K = 8, so 671B parameters of which 37B
+work on any one token. The danger is collapse: a gate that favours some experts trains them more and favours them more.
 
     s_i = sigmoid(x . e_i)                                   affinity of the token to expert i               (eq 15)
     chosen = top-K of s_i + b_i                              the bias b moves the SELECTION ...               (eq 16)
@@ -11,19 +11,19 @@ any one token. The danger is collapse: a gate that favours some experts trains t
 
     after each optimizer step:  b_i += gamma * sign(mean load - load_i)                       overloaded experts sink
 
-The bias takes the place of the large auxiliary loss that used to do this job and hurt the model by its gradient: b has no
-gradient at all. A tiny sequence-wise loss (alpha 1e-4, eq 17-20) remains against extremes inside one sequence. No token is
-ever dropped. Node-limited routing: experts come in groups, one per node, and a token may use only its best n_limited_groups
-of them, so that it crosses the network at most that often.
+The bias takes the place of the large auxiliary loss that used to do this job and hurt the model by its gradient: b has
+no gradient at all. A tiny sequence-wise loss (alpha 1e-4, eq 17-20) remains against extremes inside one sequence. No
+token is ever dropped. Node-limited routing: experts come in groups, one per node, and a token may use only its best
+n_limited_groups of them, so that it crosses the network at most that often.
 
 Dataflow of one layer, N = B*T tokens, R = N*K rows, each row one (token, chosen expert) pair, sorted by expert:
 
     x [N, D] -gate-> indices, weights [N, K]
       `-dispatch-> rows [R, D] -experts-> rows [R, D] -combine-> [N, D]
 
-`dispatch` copies each token to its K rows and `combine` sums the K rows of each token: each is the other's transpose, and so
-each is the other's backward. The gate weight is multiplied in between, inside the expert (on its hidden activation, which
-is exact because the second product is linear), so both are pure movement of rows.
+`dispatch` copies each token to its K rows and `combine` sums the K rows of each token: each is the other's transpose,
+and so each is the other's backward. The gate weight is multiplied in between, inside the expert (on its hidden
+activation, which is exact because the second product is linear), so both are pure movement of rows.
 
 Shapes: B batch, T tokens, N = B*T, D dim, F moe_inter_dim, E routed experts, K active experts, R = N*K rows.
 """
@@ -37,7 +37,7 @@ import backend
 from fp8 import Linear
 
 
-# --- the gate: who goes where -----------------------------------------------------------------------------------------------
+# --- the gate: who goes where -----------------------------------------------------------------------------------------
 
 @dataclass
 class Routing:
@@ -52,13 +52,14 @@ class Routing:
 class Gate(nn.Module):
     """x [B, T, D] -> Routing (eq 13-16). All in float32 or better: BF16 scores tie, and ties pick the wrong experts.
 
-    `bias` and `load` are buffers, not parameters: no gradient, no weight decay, no optimizer state. The gate only reads its
-    bias; counting and updating are the caller's, after the forward pass, so that recomputing a layer counts nothing twice.
+    `bias` and `load` are buffers, not parameters: no gradient, no weight decay, no optimizer state. The gate only reads
+    its bias; counting and updating are the caller's, after the forward pass, so that recomputing a layer counts nothing
+    twice.
     """
 
     def __init__(self, c):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(c.n_routed_experts, c.dim))                    # e_i, the expert centroids
+        self.weight = nn.Parameter(torch.empty(c.n_routed_experts, c.dim))                   # e_i, the expert centroids
         self.register_buffer("bias", torch.zeros(c.n_routed_experts, dtype=torch.float32))
         # Rows per expert in the step so far: empty between steps, so checkpoints don't hold it.
         self.register_buffer("load", torch.zeros(c.n_routed_experts, dtype=torch.int64), persistent=False)
@@ -78,7 +79,8 @@ class Gate(nn.Module):
 
     @torch.no_grad()
     def update_bias(self, gamma):
-        """b_i += gamma * sign(mean load - load_i), from the load of one whole optimizer step; then counting starts anew.
+        """b_i += gamma * sign(mean load - load_i), from the load of one whole optimizer step; then counting starts
+        anew.
 
         In integers, sign(total - E * load_i): a mean in floating point is never quite equal to a balanced load.
         """
@@ -89,8 +91,8 @@ class Gate(nn.Module):
 def select(choice, k, groups=1, limited=1):
     """Indices [N, K] of the top-K of `choice` [N, E], the biased scores, within each token's best `limited` groups.
 
-    A group's score is the sum of its two best experts (section 2.1.2: the best K / limited_groups, two in V3). Experts of
-    other groups are masked with -inf: with 0 they would win as soon as the biases of the others are negative.
+    A group's score is the sum of its two best experts (section 2.1.2: the best K / limited_groups, two in V3). Experts
+    of other groups are masked with -inf: with 0 they would win as soon as the biases of the others are negative.
     """
     if limited < groups:
         grouped = choice.unflatten(1, (groups, -1))                                           # [N, groups, E/groups]
@@ -101,11 +103,12 @@ def select(choice, k, groups=1, limited=1):
 
 
 def balance_loss(scores, k, scope="sequence"):
-    """Complementary sequence-wise balance loss (eq 17-20) without alpha, summed over sequences: scores [B, T, E] -> scalar.
+    """Complementary sequence-wise balance loss (eq 17-20) without alpha, summed over sequences: scores [B, T, E] ->
+    scalar.
 
-    f_i counts how often expert i is among the top-K of the plain scores, P_i averages its normalized score; their product
-    is least when both are uniform. f is a count, so the gradient flows through P. scope "batch" takes f and P over all the
-    sequences at once (the batch-wise loss of section 4.5.3), weighted like B sequences.
+    f_i counts how often expert i is among the top-K of the plain scores, P_i averages its normalized score; their
+    product is least when both are uniform. f is a count, so the gradient flows through P. scope "batch" takes f and P
+    over all the sequences at once (the batch-wise loss of section 4.5.3), weighted like B sequences.
     """
     B, T, E = scores.shape
     chosen = torch.zeros_like(scores, dtype=torch.bool).scatter(2, scores.topk(k, dim=-1).indices, True)
@@ -116,10 +119,11 @@ def balance_loss(scores, k, scope="sequence"):
     return (f * P).sum() * (B if scope == "batch" else 1)
 
 
-# --- dispatch and combine: tokens to rows and back ---------------------------------------------------------------------------
+# --- dispatch and combine: tokens to rows and back --------------------------------------------------------------------
 
 def sort_rows(indices):
-    """Order the R = N*K (token, choice) pairs by expert: order [R], with pair p = token * K + choice, and its inverse."""
+    """Order the R = N*K (token, choice) pairs by expert: order [R], with pair p = token * K + choice, and its
+    inverse."""
     order = indices.flatten().argsort(stable=True)
     inverse = torch.empty_like(order)
     inverse[order] = torch.arange(len(order), device=order.device)
@@ -163,10 +167,11 @@ class Combine(torch.autograd.Function):
         return gather_rows(grad, *ctx.saved_tensors, ctx.k), None, None, None
 
 
-# --- the experts -----------------------------------------------------------------------------------------------------------------
+# --- the experts ------------------------------------------------------------------------------------------------------
 
 class GroupedLinear(torch.autograd.Function):
-    """y_r = W[expert of row r] x_r for rows sorted by expert: x [R, in], w [E, out, in], ends (list of E ints) -> [R, out].
+    """y_r = W[expert of row r] x_r for rows sorted by expert: x [R, in], w [E, out, in], ends (list of E ints) -> [R,
+    out].
 
     One product per busy expert, written into one buffer; idle experts cost nothing and get a zero gradient.
     """
@@ -196,7 +201,8 @@ def busy(ends):
 
 
 def grouped_linear(x, w, load):
-    """Row-wise product with each expert's weight, in x's dtype. x [R, in], w [E, out, in], load int64 [E] -> [R, out]."""
+    """Row-wise product with each expert's weight, in x's dtype. x [R, in], w [E, out, in], load int64 [E] -> [R,
+    out]."""
     w = w.to(x.dtype)
     ends = load.cumsum(0)
     if backend.use_grouped_mm(x):
@@ -225,7 +231,7 @@ class SwiGLU(torch.autograd.Function):
         return dh
 
 
-# --- the layers: a dense FFN and a mixture, in the same three parts ---------------------------------------------------------
+# --- the layers: a dense FFN and a mixture, in the same three parts ---------------------------------------------------
 
 class FFN(nn.Module):
     """W2 (silu(W1 x) * W3 x): [..., D] -> [..., D]; W1 and W3 are one matrix, one product."""

@@ -2,12 +2,12 @@
 
     python train.py config/tiny.py --lr=2e-3
 
-takes the defaults below, then the assignments in configs/tiny.py, then the command line, each over the one before. A config
-file holds assignments and arithmetic and nothing else; it is parsed, never executed. Model fields carry the names of the
-official inference code, so a Hugging Face config.json and the report's section 4.2 read the same here.
+takes the defaults below, then the assignments in configs/tiny.py, then the command line, each over the one before. A
+config file holds assignments and arithmetic and nothing else; it is parsed, never executed. Model fields carry the
+names of the official inference code, so a Hugging Face config.json and the report's section 4.2 read the same here.
 
-A mistake of the user (a misspelt key, a number out of range, dims that don't divide) raises UserError: `cli` turns it into
-one line on stderr and exit code 2.
+A mistake of the user (a misspelt key, a number out of range, dims that don't divide) raises UserError: `cli` turns it
+into one line on stderr and exit code 2.
 """
 import ast
 import dataclasses
@@ -69,7 +69,7 @@ class Config:
     seq_len: int = param(256, "tokens per training sequence (T)", 1)
     fim_rate: float = param(0.1, "share of documents rearranged for fill-in-the-middle (section 4.1)", 0.0, 1.0)
 
-    # --- the optimization -----------------------------------------------------------------------------------------------
+    # --- the optimization ---------------------------------------------------------------------------------------------
     batch_size: int = param(16, "sequences per optimizer step, over all ranks", 1)
     micro_batch_size: int = param(16, "sequences per forward/backward pass on one rank", 1)
     max_steps: int = param(1000, "optimizer steps of the whole run", 1)
@@ -92,13 +92,13 @@ class Config:
     ema_decay: float = param(0.0, "decay of the weight average kept on the CPU; 0 = none", 0.0, 1.0)
     seed: int = param(1337, "seed of initialization and data order", 0)
 
-    # --- the machine ----------------------------------------------------------------------------------------------------
+    # --- the machine --------------------------------------------------------------------------------------------------
     device: str = param("auto", "auto, cpu, cuda or mps", choices=("auto", "cpu", "cuda", "mps"))
     precision: str = param("fp32", "dtype of the matrix products; weights stay fp32", choices=("fp32", "bf16"))
     recompute: bool = param(False, "recompute each block in backward instead of keeping its activations")
     compile: bool = param(False, "torch.compile the model")
 
-    # --- the run ----------------------------------------------------------------------------------------------------------
+    # --- the run ------------------------------------------------------------------------------------------------------
     out_dir: str = param("", "folder of checkpoints and metrics; empty = out/<name of the config file>")
     eval_interval: int = param(250, "steps between evaluations; 0 = only at the end", 0)
     save_interval: int = param(250, "steps between checkpoints; 0 = only at the end", 0)
@@ -128,7 +128,7 @@ MACHINE_FIELDS = {"micro_batch_size", "device", "compile", "recompute", "out_dir
                   "resume", "init_from", "eval_only", "profile", "plan"}
 
 
-# --- from text to a checked Config ----------------------------------------------------------------------------------------
+# --- from text to a checked Config ------------------------------------------------------------------------------------
 
 def load(argv):
     """['configs/tiny.py', '--lr=1e-3', ...] -> Config. Each override is echoed. Raises UserError."""
@@ -258,7 +258,7 @@ def check(c, where=None):
         wrong("n_limited_groups", f"is more than n_expert_groups = {c.n_expert_groups}")
     reachable = c.n_routed_experts // c.n_expert_groups * c.n_limited_groups
     if c.n_activated_experts > reachable:
-        wrong("n_activated_experts", f"is more than the {reachable} experts in n_limited_groups = {c.n_limited_groups} groups")
+        wrong("n_activated_experts", f"is more than the {reachable} experts in n_limited_groups = {c.n_limited_groups}")
     if c.n_expert_groups > 1 and c.n_routed_experts // c.n_expert_groups < 2:
         wrong("n_expert_groups", "leaves groups of one expert; a group's score is the sum of its best two")
     if c.max_seq_len and c.max_seq_len < c.seq_len:
@@ -275,7 +275,7 @@ def check(c, where=None):
         wrong("data", "is empty")
 
 
-# --- the command line -----------------------------------------------------------------------------------------------------
+# --- the command line -------------------------------------------------------------------------------------------------
 
 def usage(command):
     """--help: every key with its default and meaning."""

@@ -52,8 +52,8 @@ def random_tokens(*shape, vocab=61, seed=0):
 
 
 def agree(ours, theirs, limit, what="values", least=1e-30):
-    """Same shape, and the largest difference at most `limit` times the largest value (counted as `least` where all vanish);
-    prints it (pytest -rP shows it)."""
+    """Same shape, and the largest difference at most `limit` times the largest value (counted as `least` where all
+    vanish); prints it (pytest -rP shows it)."""
     assert ours.shape == theirs.shape, f"{what}: {tuple(ours.shape)} against {tuple(theirs.shape)}"
     error = ((ours - theirs).abs().max() / theirs.abs().max().clamp_min(least)).item()
     print(f"{what}: max relative error {error:.1e} (limit {limit:.0e})")

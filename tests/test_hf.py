@@ -1,4 +1,5 @@
-"""The same model as transformers' DeepseekV3ForCausalLM: logits and gradients, through folders written by either side."""
+"""The same model as transformers' DeepseekV3ForCausalLM: logits and gradients, through folders written by either
+side."""
 import pytest
 import torch
 import torch.nn.functional as F
@@ -100,8 +101,8 @@ def test_a_folder_of_ours_becomes_the_same_model_of_theirs(tmp_path, changes):
 
 @pytest.fixture(params=[1, 2], ids=["one depth", "two depths"])
 def pair(request, tmp_path, monkeypatch):
-    """(ours, theirs) from one folder of ours with an MTP module; transformers knows the module's layer number by a pattern
-    written for 61 layers."""
+    """(ours, theirs) from one folder of ours with an MTP module; transformers knows the module's layer number by a
+    pattern written for 61 layers."""
     n_mtp = request.param
     monkeypatch.setattr(DeepseekV3PreTrainedModel, "_keys_to_ignore_on_load_unexpected",
                         [rf"model\.layers\.{3 + k}.*" for k in range(n_mtp)])

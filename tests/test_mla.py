@@ -35,7 +35,8 @@ def feed(mla, c, x, sizes):
 # --- the equations ----------------------------------------------------------------------------------------------------
 
 def turn(x, position, c):
-    """RoPE by hand on one vector [d_r]: pair (x0, x1) turns by position * theta^(-0/d), (x2, x3) by the next frequency."""
+    """RoPE by hand on one vector [d_r]: pair (x0, x1) turns by position * theta^(-0/d), (x2, x3) by the next
+    frequency."""
     out = x.clone()
     for j in range(0, len(x), 2):
         a = position * c.rope_theta ** (-j / len(x))
@@ -120,11 +121,12 @@ def test_yarn_is_off_while_the_context_is_the_original_one():
 
 
 def yarn_by_hand(d, base, original, factor, fast, slow):
-    """Frequencies as YaRN's paper words them: a pair that turns often over the original length keeps its frequency, one that
-    turns less than once is slowed by `factor`; in between, linear in the pair's number between two rounded ends."""
+    """Frequencies as YaRN's paper words them: a pair that turns often over the original length keeps its frequency, one
+    that turns less than once is slowed by `factor`; in between, linear in the pair's number between two rounded
+    ends."""
     ends = []
     for turns, rounded in ((fast, math.floor), (slow, math.ceil)):
-        pair = d / 2 * math.log(original / (2 * math.pi * turns)) / math.log(base)     # solve original * f / 2 pi = turns
+        pair = d / 2 * math.log(original / (2 * math.pi * turns)) / math.log(base)   # solve original * f / 2 pi = turns
         ends.append(rounded(pair))
     low, high = max(ends[0], 0), min(ends[1], d - 1)
     out = []

@@ -1,4 +1,5 @@
-"""The whole V3: loss, load, multi-token prediction, decoding, initialization, sizes, and folders under the official names."""
+"""The whole V3: loss, load, multi-token prediction, decoding, initialization, sizes, and folders under the official
+names."""
 import json
 import math
 import re
@@ -70,7 +71,7 @@ def test_the_training_logits_never_exist_whole(small_chunks):
     with Largest() as sampling:
         v3(tokens[:, :32])
     print(f"largest tensor: {training.numel:,} numbers in training, {sampling.numel:,} where the logits are asked for")
-    assert training.numel <= 3000 * 32 < whole == sampling.numel                             # the head itself is the largest
+    assert training.numel <= 3000 * 32 < whole == sampling.numel                        # the head itself is the largest
 
 
 def test_no_gradient_is_computed_where_none_is_wanted(small_chunks, monkeypatch):
@@ -79,7 +80,7 @@ def test_no_gradient_is_computed_where_none_is_wanted(small_chunks, monkeypatch)
     monkeypatch.setattr(torch, "zeros_like", lambda t, *a, real=torch.zeros_like, **k: made.append(t.shape) or real(t, *a, **k))
     with torch.no_grad():
         v3.loss(tokens)
-    assert torch.Size([3000, 32]) not in made                            # no room for the head's gradient: evaluation is cheap
+    assert torch.Size([3000, 32]) not in made                     # no room for the head's gradient: evaluation is cheap
 
 
 # --- the loss ---------------------------------------------------------------------------------------------------------
@@ -91,9 +92,9 @@ def test_the_loss_is_the_main_models_plus_lambda_times_the_mean_mtp_plus_alpha_t
     h, routings = v3.hidden(tokens[:, :T])
     drafts = v3.draft(h, tokens)
     ce = lambda h, k: F.cross_entropy(v3.logits(h).flatten(0, 1), tokens[:, k + 1:T + k + 1].flatten())
-    main, mtp = ce(h, 0), (ce(drafts[0][0], 1) + ce(drafts[1][0], 2)) / 2             # depth k predicts t_{i+k+1} (eq 24)
+    main, mtp = ce(h, 0), (ce(drafts[0][0], 1) + ce(drafts[1][0], 2)) / 2           # depth k predicts t_{i+k+1} (eq 24)
     balance = 0.01 * sum(r.balance for r in [*routings, *(r for _, r in drafts)]) / 3
-    assert len(routings) == 2 and balance > 0.03                                      # 4 gates, each at least 1 per sequence
+    assert len(routings) == 2 and balance > 0.03                                 # 4 gates, each at least 1 per sequence
     agree(total, main + 0.3 * mtp + balance, 1e-12, "total")
     for name, value in (("loss", main), ("mtp_loss", mtp), ("balance_loss", balance)):
         agree(parts[name], value, 1e-12, name)
@@ -175,7 +176,7 @@ def test_the_load_of_all_micro_batches_is_the_load_of_the_whole_batch():
     for row in tokens.split(1):
         v3.loss(row)
     assert [a.tolist() for a in counts(v3)] == [a.tolist() for a in whole]
-    assert [a.sum() for a in whole] == [4 * 8 * 2] * 3                                   # two layers and the MTP module's
+    assert [a.sum() for a in whole] == [4 * 8 * 2] * 3                                 # two layers and the MTP module's
 
 
 def test_recomputation_counts_no_token_twice_and_gives_the_same_gradients():
@@ -304,7 +305,7 @@ def test_the_logits_are_the_head_on_the_normed_sum_of_embedding_attentions_and_f
     for i, block in enumerate(v3.layers):
         x = x + block.attn(norm(x, block.attn_norm), v3.rope[:6])
         y = block.ffn(norm(x, block.ffn_norm))
-        x = x + (y if i < 1 else y[0])                                               # the first is dense, the others mixtures
+        x = x + (y if i < 1 else y[0])                                         # the first is dense, the others mixtures
     agree(v3(tokens), norm(x, v3.norm) @ v3.head.weight.T, 1e-12)
 
 
@@ -341,7 +342,7 @@ def test_rows_of_different_lengths_decode_as_if_each_were_alone():
     rows = random_tokens(3, 12)
     alone = [v3(rows[b:b + 1])[0] for b in range(3)]
     cache = v3.cache(3, 11)
-    logits = v3(rows[:, :6], cache)                                     # beyond a row's length: padding, any token will do
+    logits = v3(rows[:, :6], cache)                                  # beyond a row's length: padding, any token will do
     cache.advance(lengths)
     for b, n in enumerate(lengths.tolist()):
         agree(logits[b, :n], alone[b][:n], 1e-10, f"prompt {b}")
@@ -393,7 +394,7 @@ def test_a_float64_model_gives_the_float32_models_logits(cast):
 
 
 def test_a_bf16_model_keeps_float32_gate_biases():
-    v3 = lively(V3(tiny())).to(torch.bfloat16)                         # a step of 0.001 would vanish beside a bias of 0.5
+    v3 = lively(V3(tiny())).to(torch.bfloat16)                       # a step of 0.001 would vanish beside a bias of 0.5
     assert v3.head.weight.dtype == torch.bfloat16 and v3.rope.is_complex()
     assert {g.bias.dtype for g in v3.gates()} == {torch.float32}
 
@@ -448,7 +449,7 @@ def test_the_arithmetic_counts_what_a_model_holds():
     sizes, v3 = arithmetic(c), V3(c)
     mtp = sum(p.numel() for p in v3.mtp.parameters())
     assert sizes["mtp"] == mtp and sizes["total"] == sum(p.numel() for p in v3.parameters()) - mtp
-    idle = 2 * 6 * 3 * 12 * 32                                          # two MoE layers, 6 of 8 experts, three [12, 32] each
+    idle = 2 * 6 * 3 * 12 * 32                                     # two MoE layers, 6 of 8 experts, three [12, 32] each
     assert sizes["active"] == sizes["total"] - idle
 
 
@@ -456,7 +457,7 @@ def test_the_flops_are_six_per_active_weight_plus_attention():
     c = tiny(n_mtp=0, n_dense_layers=3)
     v3 = V3(c)
     products = sum(p.numel() for p in v3.parameters()) - v3.embed.weight.numel()
-    attention = 3 * 3 * 2 * (34 + 20) * (32 + 1) / 2                    # layers, heads, multiply-add, d_n + d_r and d_v, keys
+    attention = 3 * 3 * 2 * (34 + 20) * (32 + 1) / 2              # layers, heads, multiply-add, d_n + d_r and d_v, keys
     assert arithmetic(c)["flops"] == 6 * products + 3 * attention
 
 
@@ -524,7 +525,7 @@ def test_each_official_name_holds_the_tensor_that_it_names(folder):
             "model.layers.3.embed_tokens.weight": v3.embed.weight,
             "model.layers.3.shared_head.head.weight": v3.head.weight}.items():
         assert torch.equal(stored[name], tensor), name
-    assert len({tuple(t.flatten()[:4].tolist()) for t in stored.values()}) == len(stored) - 2      # only those two repeat
+    assert len({tuple(t.flatten()[:4].tolist()) for t in stored.values()}) == len(stored) - 2    # only those two repeat
 
 
 def test_the_index_lists_every_tensor(folder):

@@ -35,7 +35,7 @@ def test_the_bias_moves_the_selection_and_never_the_weight():
     assert set(plain.indices[0].tolist()) == {0, 1} and set(moved.indices[0].tolist()) == {1, 2}
     for routing, expected in ((plain, {0: 0.9 / 1.7, 1: 0.8 / 1.7}), (moved, {1: 0.8 / 1.1, 2: 0.3 / 1.1})):
         for expert, weight in zip(routing.indices[0].tolist(), routing.weights[0].tolist()):
-            assert weight == pytest.approx(1.7 * expected[expert], rel=1e-12)                # 1.7 is the config's route_scale
+            assert weight == pytest.approx(1.7 * expected[expert], rel=1e-12)          # 1.7 is the config's route_scale
 
 
 def test_the_same_bias_for_all_experts_changes_nothing():
@@ -53,7 +53,7 @@ def test_bias_and_load_are_buffers_that_no_gradient_and_no_optimizer_sees():
     g = gate(8, 2, bias=torch.randn(8))
     assert dict(g.named_parameters()).keys() == {"weight"}
     assert {name: b.dtype for name, b in Gate(tiny()).named_buffers()} == {"bias": torch.float32, "load": torch.int64}
-    assert g.state_dict().keys() == {"weight", "bias"}                      # a checkpoint holds the bias; counts are per step
+    assert g.state_dict().keys() == {"weight", "bias"}                # a checkpoint holds the bias; counts are per step
     routing = route(g, random_affinities(20, 8))
     ((routing.weights ** 2).sum() + routing.balance).backward()
     assert g.bias.grad is None and not g.bias.requires_grad
@@ -101,7 +101,7 @@ def test_masking_closed_groups_with_zero_would_misroute_once_biases_are_negative
 
 
 def test_a_groups_score_is_the_sum_of_its_best_two():
-    s = [[0.9, 0.1, 0.1,   0.7, 0.6, 0.1,   0.5, 0.5, 0.49]]      # best one: group 0; best two: group 1; all three: group 2
+    s = [[0.9, 0.1, 0.1,   0.7, 0.6, 0.1,   0.5, 0.5, 0.49]]  # best one: group 0; best two: group 1; all three: group 2
     assert set(route(gate(9, 2, n_expert_groups=3), s).indices[0].tolist()) == {3, 4}
 
 
@@ -175,8 +175,8 @@ def test_max_vio_is_the_largest_load_over_the_mean_minus_one():
 #               loss = 0 + 2 * 11/15 = 22/15
 A, B = [[0.6, 0.2], [0.6, 0.4]], [[0.2, 0.8], [0.3, 0.6]]
 LOSS_A, LOSS_B = 1.35, 22 / 15
-# Over the whole batch: f = 2/(1*4) * (2, 2) = (1, 1), so the loss is P_0 + P_1 = 1, the least there is: each sequence is as
-# unbalanced as can be and the batch-wise loss does not see it. It is weighted like two sequences.
+# Over the whole batch: f = 2/(1*4) * (2, 2) = (1, 1), so the loss is P_0 + P_1 = 1, the least there is: each sequence
+# is as unbalanced as can be and the batch-wise loss does not see it. It is weighted like two sequences.
 LOSS_BATCH = 2 * 1.0
 
 
@@ -211,7 +211,7 @@ def test_the_gradient_of_the_balance_loss_flows_through_p():
     torch.autograd.gradcheck(lambda s: balance_loss(s, 2), torch.rand(2, 5, 6, dtype=torch.float64, requires_grad=True))
     g = gate(2, 1)
     route(g, [A]).balance.backward()
-    assert g.weight.grad.abs().min() > 0                                                    # and so reaches the centroids
+    assert g.weight.grad.abs().min() > 0                                                  # and so reaches the centroids
 
 
 def test_no_balance_loss_in_evaluation_nor_at_alpha_zero():

@@ -78,11 +78,12 @@ def plan(c, device, data=None):
     blocks = c.n_dense_layers * (attention + dense) + (c.n_layers - c.n_dense_layers + c.n_mtp) * (attention + sparse)
     kept = (c.n_layers + c.n_mtp) * c.dim + attention + max(dense, sparse) if c.recompute else blocks
     activations = tokens * kept * half + CrossEntropy.ROWS * c.vocab_size * 8
-    train_tokens = sum(batch_size_at(c, s) for s in range(c.batch_ramp)) + c.batch_size * (c.max_steps - c.batch_ramp)
+    ramp = min(c.batch_ramp, c.max_steps)
+    train_tokens = (sum(batch_size_at(c, s) for s in range(ramp)) + c.batch_size * (c.max_steps - ramp)) * c.seq_len
     rows = [
         ("parameters", f"{human(a['total'])} total, {human(a['active'])} active per token, MTP {human(a['mtp'])} more"),
         ("work", f"{a['flops'] / 1e9:.3g} GFLOPs per training token; {c.max_steps} steps, "
-                 f"{human(train_tokens * c.seq_len)} tokens"),
+                 f"{human(train_tokens)} tokens"),
         ("memory", f"about {human(16 * everything, 'B')} weights, gradients, moments + {human(activations, 'B')} activations"),
         ("latent cache", f"{a['cache_bytes']:,} bytes per token in BF16"),
         ("device", f"{backend.name(device)}, {c.precision}, torch {torch.__version__}"),
@@ -91,7 +92,7 @@ def plan(c, device, data=None):
     if data:
         i = data.identity
         rows.insert(2, ("data", f"{i['source']}: {i['documents']} documents, {human(i['train_tokens'])} training tokens "
-                                f"({c.max_steps * c.batch_size * c.seq_len / i['train_tokens']:.1f} epochs)"))
+                                f"({train_tokens / i['train_tokens']:.1f} epochs)"))
     print("\n".join(f"  {what:13} {text}" for what, text in rows), flush=True)
     return a
 
@@ -207,7 +208,9 @@ def main(argv):
     if c.eval_only:
         return eval_only(c)
     have = parallel.checkpoints(c.out_dir)
-    if have and not c.resume and not c.profile:
+    if os.path.exists(c.out_dir) and not os.path.isdir(c.out_dir):
+        raise UserError(f"{c.out_dir}: a file and not a folder; give another --out_dir")
+    if have and not c.resume:
         raise UserError(f"{c.out_dir}: holds a run, at {have[-1].name}; go on with --resume, or give another --out_dir")
     newest = parallel.latest(c.out_dir) if c.resume else None
     if newest:
@@ -235,7 +238,7 @@ def eval_only(c):
     v3, _, what = sample.load(c.eval_only, c.device)
     folder = Path(c.eval_only) if (Path(c.eval_only) / "tokenizer.json").is_file() else parallel.latest(c.eval_only)
     v3.config = v3.config.replace(seq_len=min(c.seq_len, v3.config.context), data=c.data,
-                                  tokenizer=str(folder / "tokenizer.json"))
+                                  tokenizer=str(folder / "tokenizer.json"), fim_rate=c.fim_rate)
     loss, bpb = evaluate(v3, Data(v3.config))
     print(f"{what}: val loss {loss:.4f} nats per token, {bpb:.4f} bits per byte")
     return 0
@@ -310,7 +313,7 @@ def run(c, device, newest, command):
                 for gate in gates:
                     gate.update_bias(bias_update_speed(c, step))
                 for name, p in v3.named_parameters() if ema else ():
-                    ema[name].lerp_(p.detach().to("cpu", non_blocking=True), 1 - c.ema_decay)
+                    ema[name].lerp_(p.detach().cpu(), 1 - c.ema_decay)
             else:
                 skipped += 1
                 print(f"step {step + 1}: loss {parts['loss']} or gradient norm {norm} is not finite; step skipped "

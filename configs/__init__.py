@@ -159,7 +159,8 @@ def load(argv):
 
 def find(name):
     """'configs/tiny.py', 'config/tiny.py' or 'tiny' -> the path of the file."""
-    for path in (Path(name), HERE / Path(name).name, HERE / (Path(name).name + ".py")):
+    shipped = [HERE / Path(name).name, HERE / (Path(name).name + ".py")]
+    for path in (Path(name), *(shipped if str(Path(name).parent) in (".", "config", "configs") else ())):
         if path.is_file() and path.suffix == ".py" and path.name != "__init__.py":
             return path
     have = sorted(p.stem for p in HERE.glob("*.py") if p.stem != "__init__")
@@ -172,14 +173,16 @@ def read(path):
     """{key: (value, 'file:line')} of a file of assignments; later lines may use earlier names in arithmetic."""
     try:
         tree = ast.parse(Path(path).read_text(encoding="utf-8"))
-    except (SyntaxError, UnicodeDecodeError) as e:
+    except OSError as e:
+        raise UserError(f"config {path}: {e.strerror}; make it readable") from None
+    except (SyntaxError, ValueError) as e:
         raise UserError(f"config {path}: not valid Python: {e}") from None
     values, out = {}, {}
     for node in tree.body:
         place = f"{path}:{node.lineno}"
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
             continue                                                                    # a docstring
-        if not (isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)):
+        if not (isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name)):
             raise UserError(f"{place}: a config holds assignments only, 'key = value'")
         key = node.targets[0].id
         values[key] = evaluate(node.value, values, place)
@@ -196,13 +199,13 @@ def evaluate(node, names, place):
         return node.value
     if isinstance(node, ast.Name) and node.id in names:
         return names[node.id]
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
-        return -evaluate(node.operand, names, place)
-    if isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
-        try:
+    try:
+        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+            return -evaluate(node.operand, names, place)
+        if isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
             return OPERATORS[type(node.op)](evaluate(node.left, names, place), evaluate(node.right, names, place))
-        except (ArithmeticError, TypeError) as e:
-            raise UserError(f"{place}: {e}") from None
+    except (ArithmeticError, TypeError) as e:
+        raise UserError(f"{place}: {e}") from None
     raise UserError(f"{place}: a value is a number, a string, True/False or arithmetic on names above it")
 
 
@@ -242,7 +245,9 @@ def check(c, where=None):
         value, low, high, choices = getattr(c, key), *(f.metadata[k] for k in ("low", "high", "choices"))
         if choices and value not in choices:
             wrong(key, f"is not one of {', '.join(choices)}")
-        if f.type in (int, float) and not math.isfinite(value):
+        if f.type is int and high is None:
+            high = 2**63 - 1                                                            # what torch and numpy can hold
+        if f.type is float and not math.isfinite(value):
             wrong(key, "is not a finite number")
         if low is not None and value < low:
             wrong(key, f"is out of range: at least {low}")
@@ -294,7 +299,7 @@ def cli(main):
     try:
         code = main(sys.argv[1:])
     except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
+        print("error:", str(e).replace("\n", " "), file=sys.stderr)
         code = 2
     except BrokenPipeError:                                                             # `| head` closed our output
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -168,6 +168,12 @@ def clock(seconds):
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
+def number(x):
+    """Seven significant digits, so that a learning rate of 7.3e-6 keeps its own; null where it is not finite: JSON has
+    no nan."""
+    return float(f"{x:.7g}") if math.isfinite(x) else None
+
+
 class Log:
     """metrics.jsonl, one object a line, and the progress line on the terminal."""
 
@@ -175,14 +181,16 @@ class Log:
         self.path = Path(c.out_dir) / "metrics.jsonl"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         old = self.path.read_text(encoding="utf-8").splitlines() if start_step and self.path.exists() else []
-        kept = [line for line in old if json.loads(line)["step"] <= start_step]        # later steps will be run again
+        # Later steps will be run again, and so will the last evaluation. A crash may have cut the last line.
+        kept = [line for line in old if line.endswith("}") and (row := json.loads(line))["step"] <= start_step
+                and not ("val_loss" in row and row["step"] == c.max_steps)]
         parallel.write_atomic(self.path, "".join(line + "\n" for line in kept))
         self.began = time.time() - (json.loads(kept[-1])["time"] if kept else 0)
         self.shown = 0.0
 
     def write(self, **numbers):
         with open(self.path, "a", encoding="utf-8") as f:
-            f.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in numbers.items()}) + "\n")
+            f.write(json.dumps({k: number(v) if isinstance(v, float) else v for k, v in numbers.items()}) + "\n")
 
     def due(self):
         if time.time() - self.shown < 5:
@@ -249,7 +257,7 @@ def run(c, device, newest, command):
     data = Data(c)
     a = plan(c, device, data)
     if c.init_from and not newest:
-        v3 = from_hf(c.init_from, device, **{f: getattr(c, f) for f in configs.FIELDS})
+        v3 = from_hf(c.init_from, device, **{f: getattr(c, f) for f in configs.FIELDS if f != "device"})
     else:
         with torch.device(device):
             v3 = V3(c)

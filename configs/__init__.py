@@ -93,7 +93,7 @@ class Config:
     seed: int = param(1337, "seed of initialization and data order", 0)
 
     # --- the machine --------------------------------------------------------------------------------------------------
-    device: str = param("auto", "auto, cpu, cuda or mps", choices=("auto", "cpu", "cuda", "mps"))
+    device: str = param("auto", "where to run; auto = cuda, else mps, else cpu", choices=("auto", "cpu", "cuda", "mps"))
     precision: str = param("fp32", "dtype of the matrix products; weights stay fp32", choices=("fp32", "bf16"))
     recompute: bool = param(False, "recompute each block in backward instead of keeping its activations")
     compile: bool = param(False, "torch.compile the model")
@@ -290,7 +290,7 @@ def usage(command):
     for f in FIELDS.values():
         choices = f.metadata["choices"]
         lines.append(f"  --{f.name + '=' + str(f.default):32} {f.metadata['help']}"
-                     + (f" ({', '.join(choices)})" if choices and choices[0] not in f.metadata["help"] else ""))
+                     + (f" ({', '.join(choices)})" if choices else ""))
     return "\n".join(lines)
 
 

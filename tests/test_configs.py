@@ -50,10 +50,10 @@ def test_each_override_is_echoed_and_nothing_else(file, capsys):
 
 def test_later_lines_of_a_file_do_arithmetic_on_earlier_ones(file):
     c = load([file('"""A docstring."""\nseq_len = 2 ** 7 - 1   # a comment\nmax_steps = -(-1_000_000 // seq_len)\n'
-                   "lr = 3e-3 * 4 / 2\nmin_lr = lr / 10\nfinal_lr = min_lr\ndecay_end = max_steps\nrecompute = True\n"
+                   "lr = 3e-3 * 4 / 2\nmin_lr = lr / 8\nfinal_lr = min_lr\ndecay_end = max_steps\nrecompute = True\n"
                    "data = 'x'\nseq_len = seq_len + 1\n")])
     assert (c.seq_len, c.max_steps, c.lr, c.final_lr, c.decay_end, c.recompute, c.data) \
-        == (128, 7875, 6e-3, 6e-4, 7875, True, "x")
+        == (128, 7875, 6e-3, 7.5e-4, 7875, True, "x")
 
 
 def test_values_come_out_in_their_declared_types():
@@ -86,12 +86,14 @@ def test_every_shipped_config_passes_the_check(path, capsys):
 
 
 def test_what_may_differ_on_resume_is_a_set_of_fields():
-    assert MACHINE_FIELDS < FIELDS.keys() and not MACHINE_FIELDS & {"lr", "seed", "batch_size", "data", "max_steps", "dim"}
+    assert MACHINE_FIELDS < FIELDS.keys()
+    assert not MACHINE_FIELDS & {"lr", "seed", "batch_size", "data", "max_steps", "dim", "ema_decay", "precision"}
 
 
 # --- what a mistake is told -------------------------------------------------------------------------------------------
 
-BAD = {                                                                                 # over configs/tiny.py
+BASE = "n_layers = 4\nn_routed_experts = 16\nn_activated_experts = 2\nseq_len = 256\n"
+BAD = {                                                                                 # over that file
     "--batch_sise=4": "--batch_sise: unknown key 'batch_sise'; did you mean 'batch_size'?",
     "--zzzz=4": "--help lists them",
     "--=4": "unknown key ''",
@@ -133,12 +135,13 @@ BAD = {                                                                         
 
 
 @pytest.mark.parametrize("flags, says", BAD.items(), ids=BAD)
-def test_a_mistake_on_the_command_line_is_named_with_its_remedy(flags, says):
-    assert says in refused("tiny", *flags.split())
+def test_a_mistake_on_the_command_line_is_named_with_its_remedy(flags, says, file):
+    assert says in refused(file(BASE), *flags.split())
 
 
-@pytest.mark.parametrize("name, near", [("tiney", "tiny"), ("config/tine.py", "tiny"), ("v3_617b", "v3_671b"), ("xx", None),
-                                        ("", None), ("configs/__init__.py", None), ("README.md", None), ("tests", None)])
+@pytest.mark.parametrize("name, near", [
+    ("tiney", "tiny"), ("config/tine.py", "tiny"), ("v3_617b", "v3_671b"), ("xx", None), ("", None),
+    ("configs/__init__.py", None), ("README.md", None), ("tests", None)])
 def test_a_config_that_is_not_found_names_the_nearest_or_all_there_are(name, near):
     message = refused(name)
     assert repr(name) in message and "not found" in message
@@ -216,8 +219,8 @@ def test_a_mistake_is_one_line_on_stderr_and_exit_code_2(argv, says, capsys, mon
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("argv, says", [((), "give a config first"), (("tiny", "--batch_sise=4"), "did you mean 'batch_size'?"),
-                                        (("bad.py",), "bad.py:1: division by zero")])
+@pytest.mark.parametrize("argv, says", [((), "give a config first"), (("bad.py",), "bad.py:1: division by zero"),
+                                        (("tiny", "--batch_sise=4"), "did you mean 'batch_size'?")])
 def test_a_mistake_in_a_real_process_leaves_no_traceback_and_no_file(argv, says, tmp_path):
     (tmp_path / "bad.py").write_text("dim = 1 / 0\n")
     done = subprocess.run([sys.executable, ROOT / "train.py", *argv], cwd=tmp_path, text=True, capture_output=True,
@@ -234,7 +237,7 @@ def test_help_lists_every_field_with_its_default_its_meaning_and_its_choices(cap
     for f in FIELDS.values():
         line, = (line for line in lines if line.startswith(f"  --{f.name}={f.default} "))
         assert len(f.metadata["help"]) > 8 and f.metadata["help"] in line
-        assert all(choice in line for choice in f.metadata["choices"] or ())
+        assert f"({', '.join(f.metadata['choices'] or ())})" in line or not f.metadata["choices"]
     assert all(path.stem in out for path in SHIPPED)
 
 
@@ -251,7 +254,7 @@ def test_v3s_schedule_in_steps_is_the_reports_in_tokens():
     assert tokens(c.max_steps) == pytest.approx(14.8e12, rel=1e-3)
     final = next(step for step in range(c.decay_end, c.max_steps) if learning_rate(c, step) == c.final_lr)
     assert tokens(final) - tokens(c.decay_end) == pytest.approx(333e9, rel=2e-3)
-    assert tokens(c.max_steps) - tokens(final) == pytest.approx(167e9, rel=2e-3)
+    assert tokens(c.max_steps) - tokens(final) == pytest.approx(167e9, rel=3e-3)
 
 
 def test_v3s_learning_rate_passes_the_reports_points():

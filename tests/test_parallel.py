@@ -127,7 +127,8 @@ def test_a_damaged_file_is_named_and_no_tensor_is_touched(file, damage, tmp_path
     assert all(torch.equal(t, target[name]) for name, t in weights(5).items())
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"format": 1}', '{"format": 2, "files": {"a": 1}, "config": {"a": 1}}',
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"format": 1}',
+                                  '{"format": 2, "files": {"a": 1}, "config": {"a": 1}}',
                                   '{"format": 1, "files": {}, "config": {"a": 1}}'])
 def test_a_damaged_or_foreign_state_json_is_named(text, tmp_path):
     folder = save(tmp_path)
@@ -200,7 +201,8 @@ except UserError as e:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows limits no file sizes")
 def test_a_real_limit_of_the_file_size_leaves_the_previous_checkpoint_whole(tmp_path):
-    done = subprocess.run([sys.executable, "-c", LIMITED, tmp_path], cwd=ROOT, text=True, capture_output=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", LIMITED, tmp_path], cwd=ROOT, text=True, capture_output=True,
+                          timeout=60)
     assert done.returncode == 0 and done.stdout.count("\n") == 1, done.stderr
     assert re.search(r"step_00000004: checkpoint could not be written \(.*File too large", done.stdout)
     assert names(tmp_path) == ["latest", "step_00000002"]

@@ -2,17 +2,19 @@
 
     tiny        the default job: python train.py config/tiny.py, as a user runs it
     char        time to nanoGPT's final loss: python bench.py char --data=FILE --nanogpt=CLONE
-    ablations   MTP, balancing, dense against a mixture, on char with several seeds: python bench.py ablations --data=FILE
+    ablations   MTP, balancing, dense against a mixture, on char with several seeds: python bench.py ablations
+    --data=FILE
     readme      put the results into the README's marked places, and draw its figure (needs matplotlib)
 
-Every section runs the commands that a user would run, each in a process of its own, and records the device, the versions,
-the command and the date beside what came out.
+Every section runs the commands that a user would run, each in a process of its own, and records the device, the
+versions, the command and the date beside what came out.
 """
 import datetime
 import json
 import math
 import os
 import platform
+import resource
 import shutil
 import statistics
 import subprocess
@@ -31,7 +33,7 @@ HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
 
 
-# --- running and recording ----------------------------------------------------------------------------------------------
+# --- running and recording --------------------------------------------------------------------------------------------
 
 def processor():
     try:
@@ -69,13 +71,13 @@ def checkpoints_of(rows, steps=(100, 500, 1000)):
     return {step: statistics.mean(r["loss"] for r in rows[step - 10:step]) for step in steps if step <= len(rows)}
 
 
-# --- tiny: the default job ------------------------------------------------------------------------------------------------
+# --- tiny: the default job --------------------------------------------------------------------------------------------
 
 def tiny(options):
     with tempfile.TemporaryDirectory() as folder:
         began = time.time()
         train("configs/tiny.py", f"--out_dir={folder}/tiny")
-        seconds = time.time() - began
+        seconds, peak = time.time() - began, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
         rows, evals = lines(f"{folder}/tiny")
         state = json.loads(next(Path(folder, "tiny").glob("step_*/state.json")).read_text())
         sample = subprocess.run([sys.executable, "sample.py", f"--out_dir={folder}/tiny", "--prompt=class", "--seed=1",
@@ -85,19 +87,20 @@ def tiny(options):
            xz_bpb=8 * data["val_xz_bytes"] / data["val_bytes"],
            ratio=final["val_bpb"] / (8 * data["val_xz_bytes"] / data["val_bytes"]), data=data,
            tokens_per_s=statistics.median(r["tokens_per_s"] for r in rows), steps=len(rows),
-           peak_bytes=state.get("peak_bytes"), losses=checkpoints_of(rows), final_loss=rows[-1]["loss"],
+           peak_bytes=peak, losses=checkpoints_of(rows), final_loss=rows[-1]["loss"],
            evals=[{k: e[k] for k in ("step", "time", "val_loss", "val_bpb")} for e in evals], sample=sample.stdout,
            curve=[[r["step"], r["loss"], r["mtp_loss"], r["max_vio"]] for r in rows[::max(1, len(rows) // 200)]])
 
 
-# --- char: against nanoGPT's CPU recipe -------------------------------------------------------------------------------------
+# --- char: against nanoGPT's CPU recipe -------------------------------------------------------------------------------
 
 # The command that nanoGPT's README gives for a machine without a GPU.
 NANOGPT = ("config/train_shakespeare_char.py --device=cpu --compile=False --eval_iters=20 --log_interval=1 --block_size=64 "
            "--batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000 --lr_decay_iters=2000 --dropout=0.0")
 
 # Its checkpoint on the whole held-out tenth, in non-overlapping windows of its own context.
-SCORE = """
+SCORE =
+"""
 import numpy as np, torch
 from model import GPT, GPTConfig
 saved = torch.load("out-shakespeare-char/ckpt.pt", weights_only=True)
@@ -128,8 +131,8 @@ def nanogpt(clone, data, folder):
 
 
 def time_to(target, data, folder, *args):
-    """Seconds from the start of python train.py configs/char.py to its first evaluation at or under `target` nats per byte,
-    and that evaluation; the run goes on to its end."""
+    """Seconds from the start of python train.py configs/char.py to its first evaluation at or under `target` nats per
+    byte, and that evaluation; the run goes on to its end."""
     command = [sys.executable, "train.py", "configs/char.py", f"--data={data}", f"--out_dir={folder}/char", *args]
     metrics, began, reached = Path(folder) / "char/metrics.jsonl", time.time(), None
     with subprocess.Popen(command, cwd=HERE, stdout=subprocess.DEVNULL) as run:
@@ -168,7 +171,7 @@ def char(options):
            losses=checkpoints_of(rows, (100, 500, 1000)), evals=[[e["step"], e["val_bpb"] * math.log(2)] for e in evals])
 
 
-# --- ablations ------------------------------------------------------------------------------------------------------------------
+# --- ablations --------------------------------------------------------------------------------------------------------
 
 def variants():
     c = configs.load(["configs/char.py"])
@@ -203,7 +206,7 @@ def ablations(options):
     record("ablations", "python bench.py ablations --data=FILE", data=state["data"], variants=out)
 
 
-# --- the README -------------------------------------------------------------------------------------------------------------------
+# --- the README -------------------------------------------------------------------------------------------------------
 
 def load(section):
     path = RESULTS / f"{section}.json"

@@ -8,11 +8,12 @@ A checkpoint is a folder of safetensors and JSON, nothing pickled:
                            tokenizer.json
              latest                                   the name of the newest whole checkpoint
 
-Tensors go by the name that the released checkpoint gives them, expert by expert, so a file says nothing of how the run was
-laid out over ranks: whoever reads it takes the names it owns. (torch.distributed.checkpoint pickles its metadata.)
+Tensors go by the name that the released checkpoint gives them, expert by expert, so a file says nothing of how the run
+was laid out over ranks: whoever reads it takes the names it owns. (torch.distributed.checkpoint pickles its metadata.)
 
-The order of writing is what makes a crash harmless: everything goes to a temporary folder, is synced to the disk, the folder
-is renamed, and only then does `latest` change, by a rename too. The last two are kept. The room knows nothing of the model.
+The order of writing is what makes a crash harmless: everything goes to a temporary folder, is synced to the disk, the
+folder is renamed, and only then does `latest` change, by a rename too. The last two are kept. The room knows nothing of
+the model.
 """
 import hashlib
 import json
@@ -62,8 +63,8 @@ def file_hash(path):
 def save_checkpoint(out_dir, step, tensors, state, tokenizer):
     """Write {name: tensor} and the JSON-able `state` as the checkpoint of `step`; returns its folder.
 
-    tokenizer: text of tokenizer.json. Keeps the last KEEP checkpoints. UserError if the disk is full or not writable: the
-    checkpoints before this one stay whole.
+    tokenizer: text of tokenizer.json. Keeps the last KEEP checkpoints. UserError if the disk is full or not writable:
+    the checkpoints before this one stay whole.
     """
     out_dir = Path(out_dir)
     final = out_dir / f"step_{step:08d}"
@@ -79,7 +80,7 @@ def save_checkpoint(out_dir, step, tensors, state, tokenizer):
         write_atomic(temporary / "state.json", json.dumps({"format": 1, "step": step, "files": files, **state}, indent=1))
         for path in [*temporary.iterdir(), temporary]:
             sync(path)
-        shutil.rmtree(final, ignore_errors=True)                                      # a run that was resumed passes here again
+        shutil.rmtree(final, ignore_errors=True)                              # a run that was resumed passes here again
         os.rename(temporary, final)
         write_atomic(out_dir / "latest", final.name + "\n")
         sync(out_dir)

@@ -92,7 +92,7 @@ def generate(v3, prompts, max_tokens, temperature=0.8, top_k=0, top_p=0.95, gene
     tokens = torch.tensor([p + [0] * (T - len(p)) for p in prompts]).to(device)          # [B, T], padded on the right
     lengths = lengths.to(device)
 
-    cache = v3.cache(B, T + steps)
+    cache = v3.cache(B, T + steps - 1)                         # the last token is made and never read
     h, _ = v3.hidden(tokens, cache)                                                      # prefill: [B, T, D]
     cache.advance(lengths)
     h = h[torch.arange(B, device=device), lengths - 1]                                   # at each last token: [B, D]

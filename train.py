@@ -1,12 +1,12 @@
 """The story of a run: python train.py config/tiny.py
 
-From text to a trained DeepSeek-V3, top to bottom: the schedules of section 4.2, the plan printed before any work, then the
-loop: batch, forward, backward, clip, AdamW, and the gate biases from the load of the whole step.
+From text to a trained DeepSeek-V3, top to bottom: the schedules of section 4.2, the plan printed before any work, then
+the loop: batch, forward, backward, clip, AdamW, and the gate biases from the load of the whole step.
 
-One optimizer step sees batch_size sequences, in micro-batches of micro_batch_size. Every loss is a sum divided by the step's
-global counts, so any cut into micro-batches gives the same gradient. The data of a step are a pure function of
-(config, step) and the initial weights of (seed, name), so a run that was killed and resumed passes through the same bits as
-one that was not (on a CPU; a GPU's atomics may reorder sums).
+One optimizer step sees batch_size sequences, in micro-batches of micro_batch_size. Every loss is a sum divided by the
+step's global counts, so any cut into micro-batches gives the same gradient. The data of a step are a pure function of
+(config, step) and the initial weights of (seed, name), so a run that was killed and resumed passes through the same
+bits as one that was not (on a CPU; a GPU's atomics may reorder sums).
 """
 import dataclasses
 import json
@@ -30,18 +30,18 @@ from moe import max_vio
 MAX_SKIPS = 5                                      # non-finite steps in a row before the run gives up
 
 
-# --- the schedules (section 4.2) -------------------------------------------------------------------------------------------
+# --- the schedules (section 4.2) --------------------------------------------------------------------------------------
 
 def learning_rate(c, step):
-    """Linear warmup to lr, constant until decay_start, cosine to min_lr at decay_end, constant, final_lr for the last third
-    of what is left. V3: 2K steps; 10T tokens; 4.3T; 333B at min_lr; 167B at final_lr."""
-    end = c.decay_end or c.max_steps
+    """Linear warmup to lr, constant until decay_start, cosine to min_lr at decay_end, constant, final_lr for the last
+    third of what is left. V3: 2K steps; 10T tokens; 4.3T; 333B at min_lr; 167B at final_lr."""
+    start, end = max(c.decay_start, c.warmup_steps), c.decay_end or c.max_steps
     if step < c.warmup_steps:
         return c.lr * (step + 1) / c.warmup_steps
-    if step < c.decay_start:
+    if step < start:
         return c.lr
     if step < end:
-        return c.min_lr + (c.lr - c.min_lr) * 0.5 * (1 + math.cos(math.pi * (step - c.decay_start) / (end - c.decay_start)))
+        return c.min_lr + (c.lr - c.min_lr) * 0.5 * (1 + math.cos(math.pi * (step - start) / (end - start)))
     return c.min_lr if step < end + (c.max_steps - end) * 2 / 3 else c.final_lr
 
 
@@ -55,7 +55,7 @@ def bias_update_speed(c, step):
     return c.bias_update_speed if step < (c.decay_end or c.max_steps) else 0.0
 
 
-# --- before the run ---------------------------------------------------------------------------------------------------------
+# --- before the run ---------------------------------------------------------------------------------------------------
 
 def human(n, unit=""):
     for size, letter in ((1e12, "T"), (1e9, "G" if unit == "B" else "B"), (1e6, "M"), (1e3, "K")):
@@ -129,7 +129,7 @@ def run_tensors(v3, optimizer, ema):
     return tensors | {f"ema/{name}": t for name, t in official_tensors(v3, ema).items()}
 
 
-# --- during the run -----------------------------------------------------------------------------------------------------------
+# --- during the run ---------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
 def evaluate(v3, data):
@@ -179,7 +179,10 @@ class Log:
 
     def __init__(self, c, start_step):
         self.path = Path(c.out_dir) / "metrics.jsonl"
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise UserError(f"--out_dir={c.out_dir}: cannot be made ({e.strerror}); give another") from None
         old = self.path.read_text(encoding="utf-8").splitlines() if start_step and self.path.exists() else []
         # Later steps will be run again, and so will the last evaluation. A crash may have cut the last line.
         kept = [line for line in old if line.endswith("}") and (row := json.loads(line))["step"] <= start_step
@@ -199,7 +202,7 @@ class Log:
         return True
 
 
-# --- the run ------------------------------------------------------------------------------------------------------------------------
+# --- the run ----------------------------------------------------------------------------------------------------------
 
 def main(argv):
     if "--help" in argv or "-h" in argv:
@@ -329,8 +332,8 @@ def run(c, device, newest, command):
                 for gate in gates:
                     gate.load.zero_()
                 if skipped == MAX_SKIPS:
-                    raise UserError(f"{MAX_SKIPS} steps in a row were not finite: lower --lr (now {c.lr}) and go on from "
-                                    f"step {saved} with a new --out_dir, or look at the data around step {step + 1}")
+                    raise UserError(f"{MAX_SKIPS} steps in a row were not finite: start again with a lower --lr "
+                                    f"(now {c.lr}) and another --out_dir; the last checkpoint is step {saved}")
             optimizer.zero_grad(set_to_none=True)
 
             done, spent = step + 1, time.time() - began
@@ -380,7 +383,7 @@ def profile(c):
     return stepped
 
 
-# --- after the run --------------------------------------------------------------------------------------------------------------------
+# --- after the run ----------------------------------------------------------------------------------------------------
 
 def finish(c, v3, data, log, command):
     """Measured numbers beside the planned ones, the figure, a sample, and what to try next."""
@@ -393,12 +396,12 @@ def finish(c, v3, data, log, command):
     print(f"figure: {figure}" if figure else "no figure: pip install -r requirements-extra.txt brings matplotlib")
     eos = special(data.tokenizer, "eos")
     v3.eval()
-    prompt = "def " if c.data == "stdlib" else ""
+    prompt = "def" if c.data == "stdlib" else ""
     tokens = [eos] + data.tokenizer.encode_ordinary(prompt)
     generator = torch.Generator(v3.embed.weight.device).manual_seed(c.seed)
     text = sample.generate(v3, [tokens], min(120, c.context - len(tokens)), generator=generator, eos=eos)[0]
     print("--- sample ---\n" + prompt + data.tokenizer.decode(text) + "\n--------------")
-    print(f"next: python sample.py --out_dir={c.out_dir} --prompt='import '"
+    print(f"next: python sample.py --out_dir={c.out_dir} --prompt=import"
           if c.data == "stdlib" else f"next: python sample.py --out_dir={c.out_dir}")
 
 

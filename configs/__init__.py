@@ -301,6 +301,9 @@ def cli(main):
     except UserError as e:
         print("error:", str(e).replace("\n", " "), file=sys.stderr)
         code = 2
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        code = 130
     except BrokenPipeError:                                                             # `| head` closed our output
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1

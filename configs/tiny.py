@@ -2,7 +2,7 @@
 # Everything of V3 is on: latent attention, 8 routed experts and a shared one with bias balancing, multi-token prediction.
 #
 #   parameters     0.96M in all, 0.75M work on a token (0.52M of them embedding and head), + 0.14M of the MTP module's own
-#   tokens         1000 steps * 32 sequences * 128 tokens = 4.1M: 1.4 epochs of 3.0M
+#   tokens         1150 steps * 32 sequences * 128 tokens = 4.7M: 1.6 epochs of 3.0M
 #   latent cache   (32 + 16) * 4 layers * 2 bytes = 384 bytes per token
 #
 # Two thirds of the arithmetic is the head's, once for the next token and once for the one after (MTP): with a few minutes
@@ -26,9 +26,9 @@ init_std = 0.04
 seq_len = 128
 batch_size = 32
 micro_batch_size = 32
-max_steps = 1000
+max_steps = 1150
 warmup_steps = 30
-decay_start = 300
+decay_start = 350
 lr = 1e-2
 min_lr = 5e-4
 eval_interval = 500

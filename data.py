@@ -211,7 +211,7 @@ def split(docs):
 
 # --- tokenizers -------------------------------------------------------------------------------------------------------
 
-SPECIAL = {"eos": ("<|eos_token|>", "<｜end▁of▁sentence｜>", "<|endoftext|>"),           # ours, DeepSeek's, GPT-2's
+SPECIAL = {"eos": ("<|eos_token|>", "<｜end▁of▁sentence｜>", "<|endoftext|>"),         # ours, DeepSeek's, GPT-2's
            "fim_begin": ("<|fim_begin|>", "<｜fim▁begin｜>"),
            "fim_hole": ("<|fim_hole|>", "<｜fim▁hole｜>"),
            "fim_end": ("<|fim_end|>", "<｜fim▁end｜>")}

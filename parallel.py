@@ -77,7 +77,8 @@ def save_checkpoint(out_dir, step, tensors, state, tokenizer):
                   temporary / "rank_00000.safetensors")
         (temporary / "tokenizer.json").write_text(tokenizer, encoding="utf-8")
         files = {p.name: file_hash(p) for p in sorted(temporary.iterdir())}
-        write_atomic(temporary / "state.json", json.dumps({"format": 1, "step": step, "files": files, **state}, indent=1))
+        state = {"format": 1, "step": step, "files": files, **state}
+        write_atomic(temporary / "state.json", json.dumps(state, indent=1))
         for path in [*temporary.iterdir(), temporary]:
             sync(path)
         shutil.rmtree(final, ignore_errors=True)                              # a run that was resumed passes here again
@@ -86,8 +87,8 @@ def save_checkpoint(out_dir, step, tensors, state, tokenizer):
         sync(out_dir)
     except (OSError, SafetensorError) as e:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise UserError(f"{final}: checkpoint could not be written ({e}); the one before it is whole: free some space and "
-                        f"go on with --resume") from None
+        raise UserError(f"{final}: checkpoint could not be written ({e}); the one before it is whole: free some "
+                        f"space and go on with --resume") from None
     for old in checkpoints(out_dir)[:-KEEP]:
         shutil.rmtree(old, ignore_errors=True)
     return final
@@ -118,7 +119,7 @@ def read_state(path):
             return state
     except (OSError, ValueError, KeyError, TypeError):
         pass
-    raise UserError(f"{path}: not a checkpoint of this project, or damaged; remove its folder and use the one before it")
+    raise UserError(f"{path}: not a checkpoint of this project, or damaged; remove its folder and use the one before")
 
 
 def load_checkpoint(path, wanted):
@@ -129,8 +130,8 @@ def load_checkpoint(path, wanted):
     path, state, missing = Path(path), read_state(path), dict(wanted)
     for file, digest in state["files"].items():
         if not (path / file).is_file() or file_hash(path / file) != digest:
-            raise UserError(f"{path / file}: missing, truncated or altered (its hash differs from state.json's); remove "
-                            f"{path} and use the checkpoint before it")
+            raise UserError(f"{path / file}: missing, truncated or altered (its hash differs from state.json's); "
+                            f"remove {path} and use the checkpoint before it")
     for file in (f for f in state["files"] if f.endswith(".safetensors")):
         with safe_open(path / file, framework="pt") as f:
             for name in set(missing) & set(f.keys()):
@@ -141,5 +142,6 @@ def load_checkpoint(path, wanted):
                 with torch.no_grad():
                     target.copy_(tensor)
     if missing:
-        raise UserError(f"{path}: tensor {sorted(missing)[0]} is missing ({len(missing)} in all); was the config changed?")
+        raise UserError(f"{path}: tensor {sorted(missing)[0]} is missing ({len(missing)} in all); "
+                        f"was the config changed?")
     return state

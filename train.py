@@ -84,14 +84,15 @@ def plan(c, device, data=None):
         ("parameters", f"{human(a['total'])} total, {human(a['active'])} active per token, MTP {human(a['mtp'])} more"),
         ("work", f"{a['flops'] / 1e9:.3g} GFLOPs per training token; {c.max_steps} steps, "
                  f"{human(train_tokens)} tokens"),
-        ("memory", f"about {human(16 * everything, 'B')} weights, gradients, moments + {human(activations, 'B')} activations"),
+        ("memory", f"about {human(16 * everything, 'B')} weights, gradients, moments "
+                   f"+ {human(activations, 'B')} activations"),
         ("latent cache", f"{a['cache_bytes']:,} bytes per token in BF16"),
         ("device", f"{backend.name(device)}, {c.precision}, torch {torch.__version__}"),
         *((what, f"{path} ({why})") for what, path, why in backend.table(device, c.precision)),
     ]
     if data:
         i = data.identity
-        rows.insert(2, ("data", f"{i['source']}: {i['documents']} documents, {human(i['train_tokens'])} training tokens "
+        rows.insert(2, ("data", f"{i['source']}: {i['documents']} documents, {human(i['train_tokens'])} tokens "
                                 f"({train_tokens / i['train_tokens']:.1f} epochs)"))
     print("\n".join(f"  {what:13} {text}" for what, text in rows), flush=True)
     return a
@@ -230,8 +231,8 @@ def main(argv):
         return run(c, device, newest, " ".join(argv[:1]))
     except (torch.OutOfMemoryError, RuntimeError) as e:
         if isinstance(e, torch.OutOfMemoryError) or "can't allocate memory" in str(e):
-            raise UserError(f"out of memory: lower --micro_batch_size (now {c.micro_batch_size}; the result stays the same) "
-                            f"or set --recompute=True") from None
+            raise UserError(f"out of memory: lower --micro_batch_size (now {c.micro_batch_size}; the result stays the "
+                            f"same) or set --recompute=True") from None
         raise
 
 
@@ -343,8 +344,9 @@ def run(c, device, newest, command):
             if log.due() or done == c.max_steps or done == start + 1:
                 speed = seen / busy
                 mfu = f"  MFU {speed * a['flops'] / peak:.1%}" if peak else ""
-                print(f"step {done}/{c.max_steps}  loss {parts['loss']:.4f}  mtp {parts['mtp_loss']:.4f}  max_vio {vio:.2f}"
-                      f"  {speed:,.0f} tokens/s{mfu}  {clock((c.max_steps - done) * busy / (done - shown))} left", flush=True)
+                left = clock((c.max_steps - done) * busy / (done - shown))
+                print(f"step {done}/{c.max_steps}  loss {parts['loss']:.4f}  mtp {parts['mtp_loss']:.4f}  "
+                      f"max_vio {vio:.2f}  {speed:,.0f} tokens/s{mfu}  {left} left", flush=True)
                 busy, seen, shown = 0.0, 0, done
             if profiler and profiler(done):
                 return 0

@@ -1,6 +1,6 @@
 # Bytes of any English text of about a megabyte: python train.py configs/char.py --data=FILE
-# The size and the schedule are for two CPU cores and half a minute, to be measured against nanoGPT's recipe for a laptop
-# (python bench.py char); the last tenth of the file is held out.
+# The size and the schedule are for two CPU cores and half a minute, to be measured against nanoGPT's recipe for a
+# laptop (python bench.py char); the last tenth of the file is held out.
 #
 #   parameters     0.28M in all, 0.20M work on a token, + 0.08M of the MTP module's own
 #   tokens         400 steps * 16 sequences * 128 bytes = 0.8M: less than one pass over a megabyte

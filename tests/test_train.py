@@ -162,7 +162,8 @@ def test_the_learning_rate_warms_up_stays_falls_along_a_cosine_and_ends_on_two_s
 
 def test_without_decay_steps_the_cosine_spans_the_run_and_nothing_else_changes():
     c = Config(lr=1.0, min_lr=0.1, warmup_steps=2, max_steps=20)
-    assert learning_rate(c, 10) == pytest.approx(0.55) and 0.1 < learning_rate(c, 19) < 0.11
+    assert learning_rate(c, 1) == learning_rate(c, 2) == 1.0                       # no step between warmup and cosine
+    assert learning_rate(c, 11) == pytest.approx(0.55) and 0.1 < learning_rate(c, 19) < 0.11
     assert mtp_weight(c, 0) == mtp_weight(c, 19) == 0.3 and bias_update_speed(c, 19) == 0.001
 
 

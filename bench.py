@@ -48,6 +48,7 @@ def record(section, command, **numbers):
     where = {"command": command, "date": datetime.date.today().isoformat(), "python": platform.python_version(),
              "torch": torch.__version__, "cpu": f"{processor()}, {os.cpu_count()} cores",
              "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None}
+    numbers["data"]["source"] = Path(numbers["data"]["source"]).name                # not where it lies on this machine
     RESULTS.mkdir(exist_ok=True)
     write_atomic(RESULTS / f"{section}.json", json.dumps({**where, **numbers}, indent=1) + "\n")
     print(f"wrote results/{section}.json")

@@ -3,7 +3,7 @@
 # prediction.
 #
 #   parameters     0.87M in all, 0.70M work on a token (0.52M of them embedding and head), + 0.11M of the MTP module
-#   tokens         1150 steps * 32 sequences * 128 tokens = 4.7M: 1.6 epochs of 3.0M
+#   tokens         1000 steps * 32 sequences * 128 tokens = 4.1M: 1.4 epochs of 3.0M
 #   latent cache   (32 + 16) * 4 layers * 2 bytes = 384 bytes per token
 #
 # Two thirds of the arithmetic is the head's, once for the next token and once for the one after (MTP): with a few
@@ -27,9 +27,9 @@ init_std = 0.04
 seq_len = 128
 batch_size = 32
 micro_batch_size = 32
-max_steps = 1150
+max_steps = 1000
 warmup_steps = 30
-decay_start = 350
+decay_start = 300
 lr = 1e-2
 min_lr = 5e-4
 eval_interval = 500

@@ -88,6 +88,6 @@ def table(device, precision):
         ("attention", "torch SDPA", "cuDNN or flash kernel inside torch" if gpu else "torch's own CPU kernel"),
         ("experts", "F.grouped_mm" if grouped else "one product per busy expert",
          "BF16 on a GPU" if grouped else "grouped_mm wants BF16 on a GPU"),
-        ("optimizer", "torch fused AdamW", "one kernel for all parameters"),
+        ("optimizer", "torch AdamW", "fused" if device.type in ("cpu", "cuda") else "fused only on CPU and CUDA"),
         ("triton", "not used", "no kernel of this project needs it yet" if has_triton() else "not installed"),
     ]

@@ -67,7 +67,7 @@ def train(*args, timeout=1800):
         raise UserError(f"train.py {' '.join(args)} ended with exit code {run.returncode}")
 
 
-def checkpoints_of(rows, steps=(100, 500, 1000)):
+def checkpoints_of(rows, steps=(100, 200, 400, 500, 1000)):
     """Training loss around each of `steps`, the mean of the ten steps up to it."""
     return {step: statistics.mean(r["loss"] for r in rows[step - 10:step]) for step in steps if step <= len(rows)}
 
@@ -82,7 +82,7 @@ def tiny(options):
         rows, evals = lines(f"{folder}/tiny")
         state = json.loads(next(Path(folder, "tiny").glob("step_*/state.json")).read_text())
         sample = subprocess.run([sys.executable, "sample.py", f"--out_dir={folder}/tiny", "--prompt=class", "--seed=1",
-                                 "--max_tokens=120"], cwd=HERE, capture_output=True, text=True, timeout=300)
+                                 "--max_tokens=120"], cwd=HERE, capture_output=True, text=True, timeout=300, check=True)
     data, final = state["data"], evals[-1]
     record("tiny", "python train.py config/tiny.py", seconds=seconds, val_bpb=final["val_bpb"],
            xz_bpb=8 * data["val_xz_bytes"] / data["val_bytes"],
@@ -176,7 +176,10 @@ def char(options):
 
 def variants():
     c = configs.load(["configs/char.py"])
-    dense = c.moe_inter_dim * (c.n_shared_experts + c.n_activated_experts)
+    # The dense first layer, then the K + shared experts and the gate of each mixture (MTP's too), spread evenly.
+    width = c.moe_inter_dim * (c.n_shared_experts + c.n_activated_experts) + c.n_routed_experts / 3
+    sparse = c.n_layers - c.n_dense_layers + c.n_mtp
+    dense = round((c.n_dense_layers * c.inter_dim + sparse * width) / (c.n_layers + c.n_mtp))
     return {
         "V3: bias balancing, MTP": [],
         "without MTP": ["--n_mtp=0"],
@@ -218,7 +221,8 @@ def tables():
     """{name of a marked place in the README: its text}, from the committed results."""
     t, c, a = load("tiny"), load("char"), load("ablations")
     mean = lambda runs, key: statistics.mean(r[key] for r in runs)
-    spread = lambda runs, key: statistics.stdev(r[key] for r in runs)
+    spread = lambda runs, key: statistics.stdev(r[key] for r in runs) if len(runs) > 1 else 0.0
+    vio = lambda runs: f"{mean(runs, 'max_vio'):.2f}" if mean(runs, "max_vio") else "-"
     out = {}
     if t:
         out["tiny"] = (
@@ -229,11 +233,11 @@ def tables():
         out["sample"] = "```python\n" + t["sample"].strip() + "\n```"
     if t and c:
         row = lambda name, r, final: f"| {name} | " + " | ".join(
-            f"{r['losses'][s]:.2f}" if s in r["losses"] else "" for s in ("100", "500", "1000")) \
+            f"{r['losses'][s]:.2f}" if s in r["losses"] else "" for s in ("100", "200", "400", "500", "1000")) \
             + f" | {final} | {r['python']} | `{r['data']['corpus_sha256'][:12]}` |"
         out["normal"] = "\n".join([
-            "| config | step 100 | step 500 | step 1000 | validation | Python | corpus sha256 |",
-            "|---|---|---|---|---|---|---|",
+            "| config | step 100 | 200 | 400 | 500 | 1000 | validation | Python | corpus sha256 |",
+            "|---|---|---|---|---|---|---|---|---|",
             row("tiny", t, f"{t['val_bpb']:.3f} bits per byte"),
             row("char (tiny Shakespeare)", c, f"{c['runs'][0]['final_loss']:.3f} nats per byte")])
     if c:
@@ -245,9 +249,9 @@ def tables():
               f"| nanoV3, at its end | {r['final_loss']:.4f} | |" for r in c["runs"])])
     if a:
         out["ablations"] = "\n".join([
-            "| variant | validation loss (mean ± std of 3 seeds) | MaxVio | seconds |", "|---|---|---|---|",
+            "| variant | validation loss (mean ± std of the seeds) | MaxVio | seconds |", "|---|---|---|---|",
             *(f"| {name} | {mean(v['runs'], 'val_loss'):.4f} ± {spread(v['runs'], 'val_loss'):.4f} | "
-              f"{mean(v['runs'], 'max_vio'):.2f} | {mean(v['runs'], 'seconds'):.0f} |"
+              f"{vio(v['runs'])} | {mean(v['runs'], 'seconds'):.0f} |"
               for name, v in a["variants"].items())])
     return out
 
@@ -272,6 +276,8 @@ def readme(options):
     matplotlib.use("Agg")
     from matplotlib import pyplot
     t = load("tiny")
+    if not t:
+        raise UserError("no results/tiny.json: python bench.py tiny makes it")
     step, loss, mtp, vio = zip(*t["curve"])
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.2))
     left.plot(step, loss, label="next token", linewidth=1)
@@ -299,6 +305,8 @@ def main(argv):
         key, equals, value = arg.removeprefix("--").partition("=")
         if not equals or key not in ("data", "nanogpt", "seeds", "repeats"):
             raise UserError(f"{arg}: options are --data=FILE --nanogpt=DIR --seeds=N --repeats=N")
+        if key in ("seeds", "repeats") and not (value.isdigit() and int(value)):
+            raise UserError(f"{arg}: a whole number from 1 up")
         options[key] = value
     SECTIONS[argv[0]](options)
     return 0

@@ -303,5 +303,5 @@ class MoE(nn.Module):
 
 def max_vio(load):
     """Largest load over the mean load, minus one (0 = perfect balance), per layer: load [..., E] -> [...]."""
-    load = load.to(torch.float64)
+    load = load.to(torch.float32)
     return load.amax(-1) / load.mean(-1).clamp_min(1e-9) - 1

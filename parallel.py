@@ -4,7 +4,8 @@ A checkpoint is a folder of safetensors and JSON, nothing pickled:
 
     out/tiny/step_00000500/rank_00000.safetensors     weights, gate biases, moments, averages: one entry per official
                                                       tensor name, prefixed by what it is ("exp_avg/model.layers.3...")
-                           state.json                 step, Config, data identity, counters, and the hash of every file
+                           state.json                 step, Config, data identity, counters, the hash of every file, and in which
+                                      file each tensor is
                            tokenizer.json
              latest                                   the name of the newest whole checkpoint
 
@@ -45,7 +46,7 @@ def sync(path):
     """Ask the operating system to put a file, or a folder's list of names, on the disk."""
     if os.name == "nt" and Path(path).is_dir():                                       # Windows syncs no folders
         return
-    fd = os.open(path, os.O_RDONLY)
+    fd = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(fd)
     finally:
@@ -77,7 +78,8 @@ def save_checkpoint(out_dir, step, tensors, state, tokenizer):
                   temporary / "rank_00000.safetensors")
         (temporary / "tokenizer.json").write_text(tokenizer, encoding="utf-8")
         files = {p.name: file_hash(p) for p in sorted(temporary.iterdir())}
-        state = {"format": 1, "step": step, "files": files, **state}
+        index = dict.fromkeys(tensors, "rank_00000.safetensors")
+        state = {"format": 1, "step": step, "files": files, **state, "index": index}
         write_atomic(temporary / "state.json", json.dumps(state, indent=1))
         for path in [*temporary.iterdir(), temporary]:
             sync(path)
@@ -87,7 +89,7 @@ def save_checkpoint(out_dir, step, tensors, state, tokenizer):
         sync(out_dir)
     except (OSError, SafetensorError) as e:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise UserError(f"{final}: checkpoint could not be written ({e}); the one before it is whole: free some "
+        raise UserError(f"{final}: checkpoint could not be written ({e}); those before it are whole: free some "
                         f"space and go on with --resume") from None
     for old in checkpoints(out_dir)[:-KEEP]:
         shutil.rmtree(old, ignore_errors=True)

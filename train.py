@@ -12,6 +12,7 @@ import dataclasses
 import json
 import math
 import os
+import shlex
 import signal
 import sys
 import time
@@ -46,7 +47,7 @@ def learning_rate(c, step):
 
 
 def mtp_weight(c, step):
-    """lambda: mtp_weight until the cosine begins, a third of it after (V3: 0.3 for 10T tokens, then 0.1)."""
+    """lambda: mtp_weight before decay_start, a third of it after (V3: 0.3 for 10T tokens, then 0.1); 0 keeps it."""
     return c.mtp_weight if step < c.decay_start or not c.decay_start else c.mtp_weight / 3
 
 
@@ -140,7 +141,7 @@ def evaluate(v3, data):
     for tokens, valid in data.eval_windows(max(1, 16384 // T)):
         targets = tokens.masked_fill(~valid, -1)[:, 1:T + 1].flatten().to(device)
         h, _ = v3.hidden(tokens[:, :T].to(device))
-        total += CrossEntropy.apply(h.flatten(0, 1), v3.head.weight, targets).item()
+        total += CrossEntropy.apply(h.flatten(0, 1), v3.head.weight.detach(), targets).item()
         count += int((targets >= 0).sum())
     v3.train()
     return total / count, data.bits_per_byte(total)
@@ -193,8 +194,12 @@ class Log:
         self.shown = 0.0
 
     def write(self, **numbers):
-        with open(self.path, "a", encoding="utf-8") as f:
-            f.write(json.dumps({k: number(v) if isinstance(v, float) else v for k, v in numbers.items()}) + "\n")
+        try:
+            with open(self.path, "a", encoding="utf-8") as f:
+                f.write(json.dumps({k: number(v) if isinstance(v, float) else v for k, v in numbers.items()}) + "\n")
+        except OSError as e:
+            raise UserError(f"{self.path}: cannot be written ({e.strerror}); free some space and go on with --resume") \
+                from None
 
     def due(self):
         if time.time() - self.shown < 5:
@@ -228,9 +233,9 @@ def main(argv):
     if newest:
         check_resume(c, parallel.read_state(newest))
     try:
-        return run(c, device, newest, " ".join(argv[:1]))
+        return run(c, device, newest, shlex.join(a for a in argv if a.partition("=")[0] not in ("--resume", "--out_dir")))
     except (torch.OutOfMemoryError, RuntimeError) as e:
-        if isinstance(e, torch.OutOfMemoryError) or "can't allocate memory" in str(e):
+        if isinstance(e, torch.OutOfMemoryError) or "can't allocate memory" in str(e) or "not enough memory" in str(e):
             raise UserError(f"out of memory: lower --micro_batch_size (now {c.micro_batch_size}; the result stays the "
                             f"same) or set --recompute=True") from None
         raise
@@ -313,7 +318,7 @@ def run(c, device, newest, command):
                 loss, share = v3.loss(micro, totals=totals, mtp_weight=mtp_weight(c, step))
                 loss.backward()
                 parts = {name: parts[name] + share[name] for name in parts}
-            norm = torch.nn.utils.clip_grad_norm_(v3.parameters(), c.grad_clip or math.inf, foreach=True)
+            norm = torch.nn.utils.clip_grad_norm_(v3.parameters(), c.grad_clip or math.inf)
             parts = {name: float(value) for name, value in parts.items()}
             norm = float(norm)
 
@@ -358,7 +363,7 @@ def run(c, device, newest, command):
                 print(f"saved {folder}; go on with: python train.py {command} --resume --out_dir={c.out_dir}")
                 return interrupt.code
     report(c.max_steps)
-    finish(c, v3, data, log, command)
+    finish(c, v3, data, log)
     return 0
 
 
@@ -387,11 +392,11 @@ def profile(c):
 
 # --- after the run ----------------------------------------------------------------------------------------------------
 
-def finish(c, v3, data, log, command):
+def finish(c, v3, data, log):
     """Measured numbers beside the planned ones, the figure, a sample, and what to try next."""
     import sample
     steps = [json.loads(line) for line in log.path.read_text(encoding="utf-8").splitlines()]
-    speeds = sorted(s["tokens_per_s"] for s in steps if "tokens_per_s" in s)
+    speeds = sorted(s["tokens_per_s"] for s in steps if "tokens_per_s" in s) or [0]
     print(f"measured: {clock(time.time() - log.began)} in all, {speeds[len(speeds) // 2]:,.0f} tokens/s (median step), "
           f"peak memory {human(backend.peak_memory(v3.embed.weight.device), 'B')}")
     figure = draw(log.path)
@@ -401,8 +406,11 @@ def finish(c, v3, data, log, command):
     prompt = "def" if c.data == "stdlib" else ""
     tokens = [eos] + data.tokenizer.encode_ordinary(prompt)
     generator = torch.Generator(v3.embed.weight.device).manual_seed(c.seed)
-    text = sample.generate(v3, [tokens], min(120, c.context - len(tokens)), generator=generator, eos=eos)[0]
-    print("--- sample ---\n" + prompt + data.tokenizer.decode(text) + "\n--------------")
+    if c.context > len(tokens):
+        ids = sample.generate(v3, [tokens], min(120, c.context - len(tokens)), generator=generator, eos=eos)[0]
+        text = prompt + "".join(map(sample.characters(data.tokenizer), ids))
+        encoding = sys.stdout.encoding or "utf-8"            # a terminal that can't show a character gets a question mark
+        print("--- sample ---\n" + text.encode(encoding, "replace").decode(encoding) + "\n--------------")
     print(f"next: python sample.py --out_dir={c.out_dir} --prompt=import"
           if c.data == "stdlib" else f"next: python sample.py --out_dir={c.out_dir}")
 

@@ -1,6 +1,6 @@
 # One GPU of 80 GB (or less): everything V3 has, at a size that shows its curves in minutes.
 #
-#   parameters     about 0.14B in all, 38M work on a token
+#   parameters     0.14B in all, 36M work on a token, + 14M of the MTP module's own
 #   tokens         1000 steps * 64 sequences * 1024 tokens = 66M: many epochs of the standard library; with a network,
 #                  --data=fineweb, or --data=FOLDER for text of your own
 

@@ -1,6 +1,7 @@
-# A one-node mixture: the shape of DeepSeek-V2-Lite / Moonlight with V3's gate, for 8 GPUs of 80 GB.
+# A mixture for one node: the shape of DeepSeek-V2-Lite with V3's gate. One process holds it only with 261 GB; look at
+# it with --plan.
 #
-#   parameters     about 16B in all, 3B work on a token
+#   parameters     15.7B in all, 2.66B work on a token, + 0.59B of the MTP module's own
 #   latent cache   (512 + 64) * 27 layers * 2 bytes = 31,104 bytes per token
 
 vocab_size = 102400

@@ -1,4 +1,4 @@
-# DeepSeek-V3 itself: the numbers of the report's sections 4.2 (architecture and schedule) and 3.2 (what runs it).
+# DeepSeek-V3 itself: the numbers of the report's section 4.2, architecture and schedule.
 # For reading and for arithmetic: python train.py configs/v3_671b.py --plan runs on a laptop.
 #
 #   parameters     671.026B in all, 37.55B work on a token (36.63B without the embedding, which is only looked up)

@@ -13,8 +13,7 @@ import torch
 
 from configs import UserError
 
-# Dense BF16 peak of the GPUs we can name, in FLOP/s: the vendors' data sheets. An unknown GPU gets no MFU, not a wrong
-# one.
+# Dense BF16 peak of the GPUs we can name, in FLOP/s: the vendors' data sheets. An unknown GPU gets no MFU.
 PEAK_BF16 = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
 
 

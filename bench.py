@@ -2,8 +2,7 @@
 
     tiny        the default job: python train.py config/tiny.py, as a user runs it
     char        time to nanoGPT's final loss: python bench.py char --data=FILE --nanogpt=CLONE
-    ablations   MTP, balancing, dense against a mixture, on char with several seeds: python bench.py ablations
-    --data=FILE
+    ablations   MTP, balancing, dense against a mixture, on char: python bench.py ablations --data=FILE
     readme      put the results into the README's marked places, and draw its figure (needs matplotlib)
 
 Every section runs the commands that a user would run, each in a process of its own, and records the device, the
@@ -21,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -60,9 +60,10 @@ def lines(out_dir):
     return [r for r in rows if "loss" in r], [r for r in rows if "val_loss" in r]
 
 
-def train(*args, timeout=1800):
-    """python train.py ARGS in a process of its own, its output passed on. UserError if it fails."""
-    run = subprocess.run([sys.executable, "train.py", *args], cwd=HERE, timeout=timeout)
+def train(*args, **env):
+    """python train.py ARGS in a process of its own. UserError if it fails."""
+    run = subprocess.run([sys.executable, "train.py", *args], cwd=HERE, timeout=1800, env={**os.environ, **env},
+                         stdout=subprocess.DEVNULL if env else None)
     if run.returncode:
         raise UserError(f"train.py {' '.join(args)} ended with exit code {run.returncode}")
 
@@ -194,19 +195,25 @@ def ablations(options):
     data = options.get("data")
     if not data or not Path(data).is_file():
         raise UserError("bench.py ablations: --data=FILE names an English text of about 1 MB, such as tiny Shakespeare")
-    seeds, out = range(1, 1 + int(options.get("seeds", 3))), {}
-    for name, changes in variants().items():
-        runs = []
-        for seed in seeds:
-            with tempfile.TemporaryDirectory() as folder:
-                train("configs/char.py", f"--data={Path(data).resolve()}", f"--seed={seed}", f"--out_dir={folder}/run",
-                      "--eval_interval=0", *changes)
-                rows, evals = lines(f"{folder}/run")
-                state = json.loads(next(Path(folder, "run").glob("step_*/state.json")).read_text())
-            runs.append({"seed": seed, "val_loss": evals[-1]["val_bpb"] * math.log(2),
-                         "max_vio": statistics.mean(r["max_vio"] for r in rows[-100:]), "seconds": rows[-1]["time"]})
-            print(f"{name}, seed {seed}: {runs[-1]}", flush=True)
-        out[name] = {"changes": changes, "runs": runs}
+    seeds = range(1, 1 + int(options.get("seeds", 3)))
+
+    def one(job):
+        name, changes, seed = job
+        with tempfile.TemporaryDirectory() as folder:
+            train("configs/char.py", f"--data={Path(data).resolve()}", f"--seed={seed}", f"--out_dir={folder}/run",
+                  *changes, OMP_NUM_THREADS="1")
+            rows, evals = lines(f"{folder}/run")
+            state = json.loads(next(Path(folder, "run").glob("step_*/state.json")).read_text())
+        result = {"seed": seed, "val_loss": evals[-1]["val_bpb"] * math.log(2),
+                  "max_vio": statistics.mean(r["max_vio"] for r in rows[-100:]), "seconds": rows[-1]["time"]}
+        print(f"{name}: {result}", flush=True)
+        return name, result, state
+
+    # As many at a time as there are cores, one thread each: together faster than one after the other.
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        done = list(pool.map(one, [(name, changes, seed) for name, changes in variants().items() for seed in seeds]))
+    out = {name: {"changes": changes, "runs": [r for n, r, _ in done if n == name]} for name, changes in variants().items()}
+    state = done[0][2]
     record("ablations", "python bench.py ablations --data=FILE", data=state["data"], variants=out)
 
 

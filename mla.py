@@ -160,8 +160,7 @@ def attention_naive(q_nope, q_rope, k_nope, k_rope, v, scale):
 
 
 def attention_absorbed(q_latent, q_rope, latents, positions, scale):
-    """Attention over the cache itself: one key of r_kv + d_r dims for all heads, whose first r_kv dims are the value
-    too.
+    """Attention over the cache itself: one key of r_kv + d_r dims for all heads; its first r_kv dims are the value.
 
     q_latent [B, T, H, r_kv]; q_rope [B, T, H, d_r]; latents [B, S, r_kv + d_r]; positions [B, T] of the queries: query
     t of row b sees keys 0..positions[b, t]. Softmax in float32 or better. -> [B, T, H, r_kv]

@@ -129,8 +129,7 @@ class MTP(nn.Module):
 
 
 class V3(nn.Module):
-    """DeepSeek-V3 from a Config. tokens int64 [B, T] -> logits [B, T, vocab]; `loss` for training; `cache` for
-    decoding.
+    """DeepSeek-V3 from a Config: tokens int64 [B, T] -> logits [B, T, vocab].
 
     Weights are float32 (or what .to() made of them); config.precision sets the dtype of the activations and so of the
     matrix products. Built under torch.device("meta") it costs no memory and is not initialized, nor is it with
@@ -501,9 +500,9 @@ def dequantize(weight, scale_inv):
 SHARD_BYTES = 5 * 10**9
 
 
-def save_hf(v3, folder):
-    """Write config.json and sharded safetensors under the official names: transformers' from_pretrained reads the
-    folder.
+def save_hf(v3, folder, tokenizer=None):
+    """Write config.json and sharded safetensors under the official names, which transformers' from_pretrained reads,
+    and tokenizer.json where its content is given (data.tokenizer_json).
 
     Everything goes to a temporary folder first, which is renamed when it is whole. UserError if the folder exists.
     """
@@ -533,6 +532,8 @@ def save_hf(v3, folder):
         index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": where}
         (temporary / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
         (temporary / "config.json").write_text(json.dumps(hf_config(c), indent=1))
+        if tokenizer:
+            (temporary / "tokenizer.json").write_bytes(tokenizer)
         os.rename(temporary, folder)
     except (OSError, SafetensorError) as e:
         shutil.rmtree(temporary, ignore_errors=True)

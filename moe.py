@@ -79,8 +79,7 @@ class Gate(nn.Module):
 
     @torch.no_grad()
     def update_bias(self, gamma):
-        """b_i += gamma * sign(mean load - load_i), from the load of one whole optimizer step; then counting starts
-        anew.
+        """b_i += gamma * sign(mean load - load_i), from the load of one whole optimizer step; counting starts anew.
 
         In integers, sign(total - E * load_i): a mean in floating point is never quite equal to a balanced load.
         """
@@ -103,8 +102,7 @@ def select(choice, k, groups=1, limited=1):
 
 
 def balance_loss(scores, k, scope="sequence"):
-    """Complementary sequence-wise balance loss (eq 17-20) without alpha, summed over sequences: scores [B, T, E] ->
-    scalar.
+    """Sequence-wise balance loss (eq 17-20) without alpha, summed over sequences: scores [B, T, E] -> scalar.
 
     f_i counts how often expert i is among the top-K of the plain scores, P_i averages its normalized score; their
     product is least when both are uniform. f is a count, so the gradient flows through P. scope "batch" takes f and P
@@ -122,8 +120,7 @@ def balance_loss(scores, k, scope="sequence"):
 # --- dispatch and combine: tokens to rows and back --------------------------------------------------------------------
 
 def sort_rows(indices):
-    """Order the R = N*K (token, choice) pairs by expert: order [R], with pair p = token * K + choice, and its
-    inverse."""
+    """The R = N*K (token, choice) pairs sorted by expert: order [R], pair p = token * K + choice, and its inverse."""
     order = indices.flatten().argsort(stable=True)
     inverse = torch.empty_like(order)
     inverse[order] = torch.arange(len(order), device=order.device)
@@ -170,8 +167,9 @@ class Combine(torch.autograd.Function):
 # --- the experts ------------------------------------------------------------------------------------------------------
 
 class GroupedLinear(torch.autograd.Function):
-    """y_r = W[expert of row r] x_r for rows sorted by expert: x [R, in], w [E, out, in], ends (list of E ints) -> [R,
-    out].
+    """y_r = W[expert of row r] x_r for rows sorted by expert.
+
+    x [R, in], w [E, out, in], ends (for each expert, the end of its rows) -> [R, out]
 
     One product per busy expert, written into one buffer; idle experts cost nothing and get a zero gradient.
     """
@@ -201,8 +199,7 @@ def busy(ends):
 
 
 def grouped_linear(x, w, load):
-    """Row-wise product with each expert's weight, in x's dtype. x [R, in], w [E, out, in], load int64 [E] -> [R,
-    out]."""
+    """Each row times its expert's weight, in x's dtype: x [R, in], w [E, out, in], load int64 [E] -> [R, out]."""
     w = w.to(x.dtype)
     ends = load.cumsum(0)
     if backend.use_grouped_mm(x):

@@ -99,12 +99,15 @@ def plan(c, device, data=None):
     return a
 
 
-def model_config(c):
-    """With --init_from the model is the folder's: its config.json replaces the model fields, its tokenizer ours."""
+def model_config(c, argv):
+    """With --init_from the model is the folder's: its config.json replaces the model fields, its tokenizer ours. Only
+    the number of MTP depths may be given beside it: --n_mtp=0 leaves the module out."""
     if not c.init_from:
         return c
     run = {f: getattr(c, f) for f in list(configs.FIELDS)[list(configs.FIELDS).index("data"):]}
     run["tokenizer"] = str(Path(c.init_from) / "tokenizer.json")
+    if any(arg.startswith("--n_mtp=") for arg in argv):
+        run["n_mtp"] = c.n_mtp
     print(f"init_from: the model and its tokenizer are those of {c.init_from}")
     return config_from_hf(c.init_from, **run)
 
@@ -171,8 +174,7 @@ def clock(seconds):
 
 
 def number(x):
-    """Seven significant digits, so that a learning rate of 7.3e-6 keeps its own; null where it is not finite: JSON has
-    no nan."""
+    """Seven significant digits, so that a learning rate of 7.3e-6 keeps its own; null for nan, which JSON lacks."""
     return float(f"{x:.7g}") if math.isfinite(x) else None
 
 
@@ -216,7 +218,7 @@ def main(argv):
         return 0
     if not argv or argv[0].startswith("--"):
         raise UserError("give a config first: python train.py config/tiny.py [--key=value ...]; --help lists the keys")
-    c = model_config(configs.load(argv))
+    c = model_config(configs.load(argv), argv)
     device = backend.device(c.device)
     backend.keep_freed_memory()
     if c.plan:
@@ -229,11 +231,15 @@ def main(argv):
         raise UserError(f"{c.out_dir}: a file and not a folder; give another --out_dir")
     if have and not c.resume:
         raise UserError(f"{c.out_dir}: holds a run, at {have[-1].name}; go on with --resume, or give another --out_dir")
-    newest = parallel.latest(c.out_dir) if c.resume else None
+    if c.resume and not have:
+        raise UserError(f"--resume: {c.out_dir} has no checkpoint (one comes every {c.save_interval or c.max_steps} "
+                        f"steps); leave out --resume to start")
+    newest = have[-1] if c.resume else None
     if newest:
         check_resume(c, parallel.read_state(newest))
     try:
-        return run(c, device, newest, shlex.join(a for a in argv if a.partition("=")[0] not in ("--resume", "--out_dir")))
+        again = shlex.join(a for a in argv if a.partition("=")[0] not in ("--resume", "--out_dir"))
+        return run(c, device, newest, again)
     except (torch.OutOfMemoryError, RuntimeError) as e:
         if isinstance(e, torch.OutOfMemoryError) or "can't allocate memory" in str(e) or "not enough memory" in str(e):
             raise UserError(f"out of memory: lower --micro_batch_size (now {c.micro_batch_size}; the result stays the "
@@ -275,8 +281,9 @@ def run(c, device, newest, command):
     start, updates = 0, 0
     if newest:
         state = parallel.load_checkpoint(newest, run_tensors(v3, optimizer, ema))
-        if state["data"]["corpus_sha256"] != data.identity["corpus_sha256"]:
-            raise UserError(f"--resume: the corpus is not the one of {newest} (its sha256 differs); give its --data, "
+        if any(state["data"][key] != data.identity[key] for key in ("corpus_sha256", "tokenizer_sha256")):
+            raise UserError(f"--resume: the text or the tokenizer is not that of {newest} (its sha256 differs); give "
+                            f"its --data, "
                             f"{state['data']['source']}, or start another run with --out_dir")
         start, updates = state["step"], state["updates"]
         for p in v3.parameters():
@@ -409,7 +416,7 @@ def finish(c, v3, data, log):
     if c.context > len(tokens):
         ids = sample.generate(v3, [tokens], min(120, c.context - len(tokens)), generator=generator, eos=eos)[0]
         text = prompt + "".join(map(sample.characters(data.tokenizer), ids))
-        encoding = sys.stdout.encoding or "utf-8"            # a terminal that can't show a character gets a question mark
+        encoding = sys.stdout.encoding or "utf-8"         # a terminal that can't show a character gets a question mark
         print("--- sample ---\n" + text.encode(encoding, "replace").decode(encoding) + "\n--------------")
     print(f"next: python sample.py --out_dir={c.out_dir} --prompt=import"
           if c.data == "stdlib" else f"next: python sample.py --out_dir={c.out_dir}")

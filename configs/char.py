@@ -3,7 +3,7 @@
 # laptop (python bench.py char); the last tenth of the file is held out.
 #
 #   parameters     0.28M in all, 0.17M work on a token, + 0.11M of the MTP module's own
-#   tokens         400 steps * 16 sequences * 128 bytes = 0.8M: less than one pass over a megabyte
+#   tokens         480 steps * 16 sequences * 128 bytes = 1.0M: one pass over a megabyte
 
 tokenizer = "bytes"
 vocab_size = 260                    # 256 bytes and 4 special tokens
@@ -27,10 +27,10 @@ init_std = 0.08
 seq_len = 128
 batch_size = 16
 micro_batch_size = 16
-max_steps = 400
-warmup_steps = 12
-decay_start = 120
-lr = 1e-2
-min_lr = 5e-4
+max_steps = 480
+warmup_steps = 20
+decay_start = 140
+lr = 6e-3
+min_lr = 3e-4
 eval_interval = 0
 save_interval = 0

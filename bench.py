@@ -212,7 +212,8 @@ def ablations(options):
     # As many at a time as there are cores, one thread each: together faster than one after the other.
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         done = list(pool.map(one, [(name, changes, seed) for name, changes in variants().items() for seed in seeds]))
-    out = {name: {"changes": changes, "runs": [r for n, r, _ in done if n == name]} for name, changes in variants().items()}
+    out = {name: {"changes": changes, "runs": [result for other, result, _ in done if other == name]}
+           for name, changes in variants().items()}
     state = done[0][2]
     record("ablations", "python bench.py ablations --data=FILE", data=state["data"], variants=out)
 

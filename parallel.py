@@ -4,8 +4,8 @@ A checkpoint is a folder of safetensors and JSON, nothing pickled:
 
     out/tiny/step_00000500/rank_00000.safetensors     weights, gate biases, moments, averages: one entry per official
                                                       tensor name, prefixed by what it is ("exp_avg/model.layers.3...")
-                           state.json                 step, Config, data identity, counters, the hash of every file, and an index
-                                      of which file holds which tensor
+                           state.json                 step, Config, data identity, counters, every file's hash, and in
+                                                      which file each tensor is
                            tokenizer.json
              latest                                   the name of the newest whole checkpoint
 

@@ -1,6 +1,6 @@
 # The shape that speed is measured on: 1.30B parameters, V3's proportions at a size that trains on one 80 GB GPU.
-# Its learning schedule is nominal: a few steps of it show the speed (--vocab_size=8192 on the default corpus, whose text
-# is too short for 50,304 tokens).
+# Its learning schedule is nominal: a few steps of it show the speed (with --vocab_size=8192 on the default corpus,
+# whose text is too short for 50,304 tokens).
 #
 #   parameters     1.30B in all, 0.30B work on a token (0.20B without embedding and head)
 #   latent cache   (256 + 64) * 12 layers * 2 bytes = 7,680 bytes per token

@@ -44,10 +44,9 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
-import regex                                                                            # comes with tiktoken; has \p{L}
+import regex  # comes with tiktoken; has \p{L}
 import tiktoken
 import torch
-
 from configs import UserError
 
 

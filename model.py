@@ -26,16 +26,15 @@ import zlib
 from pathlib import Path
 
 import torch
+from configs import Config, UserError, check, convert
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from configs import Config, UserError, check, convert
 from fp8 import Linear
 from mla import MLA, LatentCache, RMSNorm, rope_table
 from moe import FFN, MoE
-
 
 # --- the loss: cross-entropy without the [N, vocab] logits ------------------------------------------------------------
 
@@ -234,8 +233,8 @@ class V3(nn.Module):
         counts, sequences = totals or target_totals(targets, c.n_mtp)
         h, routings = self.hidden(tokens[:, :T])
         states = [h]
-        for h, routing in self.draft(h, tokens):
-            states.append(h)
+        for state, routing in self.draft(h, tokens):
+            states.append(state)
             routings += [routing] if routing else []
         head = self.head.weight if torch.is_grad_enabled() else self.head.weight.detach()     # evaluation: no gradients
         losses = [CrossEntropy.apply(h.flatten(0, 1), head, targets[:, k + 1:T + k + 1].flatten()) / max(n, 1)

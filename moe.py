@@ -36,7 +36,6 @@ from torch import nn
 import backend
 from fp8 import Linear
 
-
 # --- the gate: who goes where -----------------------------------------------------------------------------------------
 
 @dataclass

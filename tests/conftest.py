@@ -7,8 +7,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from configs import Config                                                              # noqa: E402
-from model import V3                                                                    # noqa: E402
+from configs import Config  # noqa: E402
+from model import V3  # noqa: E402
 
 torch.set_num_threads(1)                                   # tiny matrices: a second thread only waits for the first
 

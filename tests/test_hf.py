@@ -7,11 +7,11 @@ from conftest import YARN, agree, lively, random_tokens, tiny
 
 transformers = pytest.importorskip("transformers", reason="pip install -r requirements-extra.txt")
 
-from transformers import DeepseekV3Config, DeepseekV3ForCausalLM                        # noqa: E402
-from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3PreTrainedModel      # noqa: E402
+from transformers import DeepseekV3Config, DeepseekV3ForCausalLM  # noqa: E402
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3PreTrainedModel  # noqa: E402
 
-from configs import UserError                                                           # noqa: E402
-from model import HF_FIELDS, V3, config_from_hf, hf_config, official_tensors, save_hf   # noqa: E402
+from configs import UserError  # noqa: E402
+from model import HF_FIELDS, V3, config_from_hf, hf_config, official_tensors, save_hf  # noqa: E402
 
 pytestmark = pytest.mark.extra
 transformers.logging.set_verbosity_error()

@@ -17,7 +17,6 @@ import model
 from configs import Config, UserError, load
 from model import V3, CrossEntropy, arithmetic, config_from_hf, from_hf, official_tensors, save_hf, target_totals
 
-
 # --- cross-entropy without the logits ---------------------------------------------------------------------------------
 
 @pytest.fixture

@@ -248,7 +248,7 @@ def test_the_command_prints_the_document_and_one_line_on_what_it_took(run, comma
     assert code == 0 and out.startswith("ab") and err.count("\n") == 1
     v3 = sample.load(run, "cpu")[0]
     per_token = 3 * (16 + 10) * 4                      # layers * (r_kv + d_r) * float32
-    assert f"[9 tokens in " in err and "tokens/s" in err and "trained for 7 of 1000 steps" in err
+    assert "[9 tokens in " in err and "tokens/s" in err and "trained for 7 of 1000 steps" in err
     assert f"{per_token:,} bytes a token, {per_token * (3 + 9) / 1e6:.2f} MB in all" in err
     assert f"{arithmetic(v3.config)['total'] / 1e6:.2f}M parameters" in err
     assert command(f"--out_dir={run}", "--prompt=ab", "--max_tokens=9", "--seed=3", "--stream=False")[1] == out

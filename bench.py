@@ -13,7 +13,6 @@ import json
 import math
 import os
 import platform
-import resource
 import shutil
 import statistics
 import subprocess
@@ -76,6 +75,7 @@ def checkpoints_of(rows, steps=(100, 200, 400, 500, 1000)):
 # --- tiny: the default job --------------------------------------------------------------------------------------------
 
 def tiny(options):
+    import resource  # not on Windows
     with tempfile.TemporaryDirectory() as folder:
         began = time.time()
         train("configs/tiny.py", f"--out_dir={folder}/tiny")
@@ -311,7 +311,7 @@ def main(argv):
     options = {}
     for arg in argv[1:]:
         key, equals, value = arg.removeprefix("--").partition("=")
-        if not equals or key not in ("data", "nanogpt", "seeds", "repeats"):
+        if not arg.startswith("--") or not equals or key not in ("data", "nanogpt", "seeds", "repeats"):
             raise UserError(f"{arg}: options are --data=FILE --nanogpt=DIR --seeds=N --repeats=N")
         if key in ("seeds", "repeats") and not (value.isdigit() and int(value)):
             raise UserError(f"{arg}: a whole number from 1 up")

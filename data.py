@@ -47,6 +47,7 @@ import numpy as np
 import regex  # comes with tiktoken; has \p{L}
 import tiktoken
 import torch
+
 from configs import UserError
 
 

@@ -26,12 +26,12 @@ import zlib
 from pathlib import Path
 
 import torch
-from configs import Config, UserError, check, convert
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from configs import Config, UserError, check, convert
 from fp8 import Linear
 from mla import MLA, LatentCache, RMSNorm, rope_table
 from moe import FFN, MoE
@@ -530,7 +530,8 @@ def save_hf(v3, folder, tokenizer=None):
             where.update(dict.fromkeys(names, file))
         index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": where}
         (temporary / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
-        (temporary / "config.json").write_text(json.dumps(hf_config(c), indent=1))
+        config = {**hf_config(c), "torch_dtype": str(v3.head.weight.dtype).removeprefix("torch.")}
+        (temporary / "config.json").write_text(json.dumps(config, indent=1))
         if tokenizer:
             (temporary / "tokenizer.json").write_bytes(tokenizer)
         os.rename(temporary, folder)

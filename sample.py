@@ -27,12 +27,12 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import configs
 import torch
-from configs import MACHINE_FIELDS, Config, UserError, param
 
 import backend
+import configs
 import parallel
+from configs import MACHINE_FIELDS, Config, UserError, param
 from data import load_tokenizer, special
 from model import V3, config_from_hf, from_hf, official_tensors
 

@@ -226,6 +226,8 @@ def main(argv):
         return 0
     if c.eval_only:
         return eval_only(c)
+    if c.profile and c.max_steps < 6:
+        raise UserError(f"--profile traces steps 4 to 6 of a run, and max_steps = {c.max_steps}; give --max_steps=6")
     have = parallel.checkpoints(c.out_dir)
     if os.path.exists(c.out_dir) and not os.path.isdir(c.out_dir):
         raise UserError(f"{c.out_dir}: a file and not a folder; give another --out_dir")

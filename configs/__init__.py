@@ -275,7 +275,7 @@ def check(c, where=None):
     if c.decay_end and c.decay_start > c.decay_end:
         wrong("decay_start", f"is after decay_end = {c.decay_end}")
     if c.min_lr > c.lr:
-        wrong("min_lr", f"is more than lr = {c.lr}")
+        wrong("min_lr", f"is more than lr = {c.lr}; give both")
     if not c.data:
         wrong("data", "is empty")
 

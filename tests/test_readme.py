@@ -14,7 +14,7 @@ README = (HERE / "README.md").read_text(encoding="utf-8")
 
 
 def test_every_file_that_the_readme_names_is_there():
-    named = set(re.findall(r"`((?:[a-z_]+/)*[a-z_]+\.py|configs/)`", README)) | set(re.findall(r"\((results/[^)]+)\)", README))
+    named = {*re.findall(r"`((?:tests/)?[a-z_]+\.py|configs/)`", README), *re.findall(r"\((results/[^)]+)\)", README)}
     assert {"mla.py", "moe.py", "model.py", "tests/test_hf.py", "results/tiny.png"} <= named
     assert not [name for name in named if not (HERE / name).exists()]
 
@@ -56,8 +56,8 @@ def test_a_result_says_where_it_comes_from(section):
 
 
 @pytest.mark.parametrize("argv, said", [
-    (["speed"], "sections"), (["char"], "--data"), (["char", "--data=README.md"], "--nanogpt"), (["tiny", "--fast=1"], "--fast"),
-    (["ablations", "--data=nothing.txt"], "--data")])
+    (["speed"], "sections"), (["char"], "--data"), (["char", "--data=README.md"], "--nanogpt"),
+    (["tiny", "--fast=1"], "--fast"), (["ablations", "--data=nothing.txt"], "--data")])
 def test_a_mistaken_bench_command_is_answered_in_one_line(argv, said):
     with pytest.raises(configs.UserError, match=said) as e:
         bench.main(argv)

@@ -389,7 +389,7 @@ def test_eval_only_prints_what_the_runs_last_evaluation_printed(tmp_path, capsys
         assert go(tmp_path / "other", eval_only=folder) == 0
         assert printed() == last
     assert sorted(tmp_path.rglob("*")) == before                                        # and writes nothing
-    assert "nowhere: no checkpoint there" in refused(tmp_path / "other", eval_only="nowhere")
+    assert "nowhere: no checkpoint" in refused(tmp_path / "other", eval_only="nowhere")
 
 
 def test_eval_only_takes_a_folder_whose_tokenizer_knows_no_filling_in(tmp_path, capsys):
@@ -555,7 +555,7 @@ def test_a_folder_that_holds_a_run_is_refused_without_resume_and_one_without_a_r
     message = refused(again)
     assert "holds a run, at step_00000007" in message and "--resume" in message
     assert (again / "metrics.jsonl").read_text() == (half / "metrics.jsonl").read_text()
-    assert "no checkpoint there" in refused(tmp_path / "empty", "--resume") and not (tmp_path / "empty").exists()
+    assert "no checkpoint" in refused(tmp_path / "empty", "--resume") and not (tmp_path / "empty").exists()
 
 
 def test_a_finished_run_that_is_resumed_repeats_no_line(whole, tmp_path):
@@ -594,8 +594,8 @@ MISTAKES = {
     "no such tokenizer": (dict(tokenizer="byte"), "did you mean 'bytes'?"),
     "vocabulary too small": (dict(vocab_size=100), "vocab_size"),
     "no such model": (dict(init_from="nowhere"), "nowhere: no config.json there"),
-    "nothing to resume": (dict(resume=True), "no checkpoint there"),
-    "nothing to evaluate": (dict(eval_only="nowhere"), "no checkpoint there"),
+    "nothing to resume": (dict(resume=True), "no checkpoint"),
+    "nothing to evaluate": (dict(eval_only="nowhere"), "no checkpoint"),
     "no such device": (dict(device="mps"), "--device=cpu"),
 }
 

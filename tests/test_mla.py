@@ -57,7 +57,8 @@ def test_the_layer_is_equations_1_to_11_written_out(r_q):
     d_n, d_r, d_v, H = c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim, c.n_heads
     q_nope, q_rope, k_nope, k_rope, v = [], [], [], [], []
     for t in range(T):
-        q = mla.wq_b.weight @ rms(mla.wq_a.weight @ x[t], mla.q_norm.weight, c.norm_eps) if r_q else mla.wq.weight @ x[t]
+        q = mla.wq_b.weight @ rms(mla.wq_a.weight @ x[t], mla.q_norm.weight, c.norm_eps) if r_q \
+            else mla.wq.weight @ x[t]
         q = q.view(H, d_n + d_r)                                                        # eq 6-9
         q_nope.append(q[:, :d_n])
         q_rope.append(torch.stack([turn(q[h, d_n:], t, c) for h in range(H)]))
@@ -145,7 +146,8 @@ def test_the_yarn_table_equals_an_independent_formula(d, original, context, fact
     assert table.shape == (context, d // 2)
     for position in (1, 2, original + 3, context - 1):
         agree(torch.view_as_real(table[position]),
-              torch.stack([(position * frequencies).cos(), (position * frequencies).sin()], -1).float(), 1e-6, f"at {position}")
+              torch.stack([(position * frequencies).cos(), (position * frequencies).sin()], -1).float(), 1e-6,
+              f"at {position}")
 
 
 def test_yarn_at_v3s_own_numbers_keeps_the_fast_pairs_and_slows_the_slow_ones_forty_times():

@@ -76,7 +76,8 @@ def test_the_training_logits_never_exist_whole(small_chunks):
 def test_no_gradient_is_computed_where_none_is_wanted(small_chunks, monkeypatch):
     v3, tokens = V3(tiny(vocab_size=3000)).eval(), random_tokens(4, 34, vocab=3000)
     made = []
-    monkeypatch.setattr(torch, "zeros_like", lambda t, *a, real=torch.zeros_like, **k: made.append(t.shape) or real(t, *a, **k))
+    monkeypatch.setattr(torch, "zeros_like",
+                        lambda t, *a, real=torch.zeros_like, **k: made.append(t.shape) or real(t, *a, **k))
     with torch.no_grad():
         v3.loss(tokens)
     assert torch.Size([3000, 32]) not in made                     # no room for the head's gradient: evaluation is cheap
@@ -113,7 +114,8 @@ def test_an_untrained_models_loss_is_ln_vocab():
 def test_losses_and_gradients_of_micro_batches_add_up_to_those_of_the_whole_batch(changes, masked):
     v3, n_mtp = build(**changes), changes["n_mtp"]
     tokens = random_tokens(4, 9 + n_mtp)
-    valid = torch.rand(tokens.shape, generator=torch.Generator().manual_seed(2)) < torch.tensor([[.9], [.1], [.5], [.3]])
+    chance = torch.rand(tokens.shape, generator=torch.Generator().manual_seed(2))
+    valid = chance < torch.tensor([[.9], [.1], [.5], [.3]])
     valid = valid if masked else None
     loss, parts = v3.loss(tokens, valid)
     loss.backward()
@@ -322,7 +324,8 @@ def test_a_block_is_its_four_parts():
 
 # --- decoding through the latent cache --------------------------------------------------------------------------------
 
-CACHED = pytest.mark.parametrize("changes", [dict(), dict(q_lora_rank=14, **YARN), GROUPS], ids=["plain", "YaRN", "groups"])
+CACHED = pytest.mark.parametrize("changes", [dict(), dict(q_lora_rank=14, **YARN), GROUPS],
+                                 ids=["plain", "YaRN", "groups"])
 
 
 @CACHED
@@ -428,9 +431,11 @@ def v3_671b():
     path = Path(model.__file__).with_name("configs") / "v3_671b.py"
     if path.is_file():
         return load([str(path)])
-    return Config(vocab_size=129280, dim=7168, n_layers=61, n_dense_layers=3, inter_dim=18432, moe_inter_dim=2048, n_heads=128,
+    return Config(vocab_size=129280, dim=7168, n_layers=61, n_dense_layers=3, inter_dim=18432, moe_inter_dim=2048,
+                  n_heads=128,
                   q_lora_rank=1536, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128,
-                  n_routed_experts=256, n_shared_experts=1, n_activated_experts=8, n_expert_groups=8, n_limited_groups=4,
+                  n_routed_experts=256, n_shared_experts=1, n_activated_experts=8, n_expert_groups=8,
+                  n_limited_groups=4,
                   route_scale=2.5, init_std=0.006, seq_len=4096)
 
 
@@ -482,7 +487,8 @@ def rewrite(folder, **changes):
     save_file(tensors, shard(folder))
 
 
-@pytest.mark.parametrize("changes", [dict(), dict(q_lora_rank=14, n_mtp=2), dict(n_mtp=0, n_shared_experts=0), GROUPS, YARN,
+@pytest.mark.parametrize("changes", [dict(), dict(q_lora_rank=14, n_mtp=2), dict(n_mtp=0, n_shared_experts=0), GROUPS,
+                                     YARN,
                                      dict(n_dense_layers=3)],
                          ids=["plain", "two depths", "no MTP", "groups", "YaRN", "dense"])
 def test_a_saved_folder_gives_the_same_model_back_bit_for_bit(tmp_path, monkeypatch, changes):
@@ -501,7 +507,8 @@ def test_each_official_name_holds_the_tensor_that_it_names(folder):
     v3, stored = from_hf(folder), load_file(shard(folder))
     dense, moe, mtp = v3.layers[0], v3.layers[2], v3.mtp[0]
     for name, tensor in {
-            "model.embed_tokens.weight": v3.embed.weight, "lm_head.weight": v3.head.weight, "model.norm.weight": v3.norm.weight,
+            "model.embed_tokens.weight": v3.embed.weight, "lm_head.weight": v3.head.weight,
+            "model.norm.weight": v3.norm.weight,
             "model.layers.0.input_layernorm.weight": dense.attn_norm.weight,
             "model.layers.0.post_attention_layernorm.weight": dense.ffn_norm.weight,
             "model.layers.0.self_attn.q_proj.weight": dense.attn.wq.weight,
@@ -519,7 +526,8 @@ def test_each_official_name_holds_the_tensor_that_it_names(folder):
             "model.layers.2.mlp.experts.5.down_proj.weight": moe.ffn.w2[5],
             "model.layers.2.mlp.shared_experts.up_proj.weight": moe.ffn.shared.w13.weight[12:],
             "model.layers.3.enorm.weight": mtp.enorm.weight, "model.layers.3.hnorm.weight": mtp.hnorm.weight,
-            "model.layers.3.eh_proj.weight": mtp.eh_proj.weight, "model.layers.3.shared_head.norm.weight": mtp.norm.weight,
+            "model.layers.3.eh_proj.weight": mtp.eh_proj.weight,
+            "model.layers.3.shared_head.norm.weight": mtp.norm.weight,
             "model.layers.3.mlp.experts.0.down_proj.weight": mtp.block.ffn.w2[0],
             "model.layers.3.embed_tokens.weight": v3.embed.weight,
             "model.layers.3.shared_head.head.weight": v3.head.weight}.items():
@@ -537,17 +545,20 @@ def test_the_released_config_json_is_the_671b_config(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({                      # as DeepSeek released it, with rope_scaling
         "model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"], "attention_bias": False, "ep_size": 1,
         "first_k_dense_replace": 3, "hidden_act": "silu", "hidden_size": 7168, "initializer_range": 0.02,
-        "intermediate_size": 18432, "kv_lora_rank": 512, "max_position_embeddings": 163840, "moe_intermediate_size": 2048,
+        "intermediate_size": 18432, "kv_lora_rank": 512, "max_position_embeddings": 163840,
+        "moe_intermediate_size": 2048,
         "moe_layer_freq": 1, "n_group": 8, "n_routed_experts": 256, "n_shared_experts": 1, "norm_topk_prob": True,
         "num_attention_heads": 128, "num_experts_per_tok": 8, "num_hidden_layers": 61, "num_key_value_heads": 128,
         "num_nextn_predict_layers": 1, "q_lora_rank": 1536, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64,
-        "quantization_config": {"fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}, "rms_norm_eps": 1e-06,
+        "quantization_config": {"fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]},
+        "rms_norm_eps": 1e-06,
         "rope_scaling": {"beta_fast": 32, "beta_slow": 1, "factor": 40, "mscale": 1.0, "mscale_all_dim": 1.0,
                          "original_max_position_embeddings": 4096, "type": "yarn"}, "rope_theta": 10000,
         "routed_scaling_factor": 2.5, "scoring_func": "sigmoid", "tie_word_embeddings": False, "topk_group": 4,
         "topk_method": "noaux_tc", "torch_dtype": "bfloat16", "v_head_dim": 128, "vocab_size": 129280}))
     released, ours = config_from_hf(tmp_path), v3_671b()
-    for key in model.HF_FIELDS.keys() - {"init_std"} | {"rope_theta", "beta_fast", "beta_slow", "mscale", "mscale_all_dim",
+    for key in model.HF_FIELDS.keys() - {"init_std"} | {"rope_theta", "beta_fast", "beta_slow",
+                                                        "mscale", "mscale_all_dim",
                                                        "rope_factor", "original_seq_len"}:
         assert getattr(released, key) == getattr(ours, key), key
     assert released.context == 163840
@@ -582,7 +593,8 @@ def fp8_folder(tmp_path):
 def test_fp8_weights_are_multiplied_by_their_block_scales_on_the_way_in(tmp_path):
     folder, quantized = fp8_folder(tmp_path)
     ours = official_tensors(from_hf(folder))
-    assert {tuple(w.shape) for w, _ in quantized.values()} >= {(200, 160), (160, 200), (136, 160), (160, 136), (132, 48)}
+    assert {tuple(w.shape) for w, _ in quantized.values()} >= {(200, 160), (160, 200), (136, 160),
+                                                               (160, 136), (132, 48)}
     assert {tuple(s.shape) for _, s in quantized.values()} >= {(2, 2), (2, 1)}
     for name, (weight, scale) in quantized.items():
         agree(ours[name].double(), blocks_by_hand(weight, scale), 1e-6, name)

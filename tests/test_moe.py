@@ -83,7 +83,8 @@ def chosen_by_hand(s, bias, k, groups, limited, closed=float("-inf")):
 
 @pytest.mark.parametrize("mean_bias", [0.0, -0.6])
 def test_a_token_visits_the_best_experts_of_at_most_n_limited_groups(mean_bias):
-    s, bias = random_affinities(300, 16), mean_bias + 0.1 * torch.randn(16, generator=torch.Generator().manual_seed(2)).double()
+    noise = torch.randn(16, generator=torch.Generator().manual_seed(2)).double()
+    s, bias = random_affinities(300, 16), mean_bias + 0.1 * noise
     routing = route(gate(16, 4, bias=bias, **{k: v for k, v in GROUPS.items() if k.endswith("groups")}), s)
     assert max(len(set((row // 4).tolist())) for row in routing.indices) == 2
     assert [set(row.tolist()) for row in routing.indices] == [chosen_by_hand(t, bias, 4, 4, 2) for t in s]
@@ -93,7 +94,8 @@ def test_masking_closed_groups_with_zero_would_misroute_once_biases_are_negative
     s = random_affinities(300, 16)
     for mean_bias, low, high in ((0.0, 0.0, 0.0), (-0.6, 0.2, 1.0)):
         bias = torch.full((16,), mean_bias, dtype=torch.float64)
-        wrong = sum(chosen_by_hand(t, bias, 4, 4, 2, closed=0.0) != chosen_by_hand(t, bias, 4, 4, 2) for t in s) / len(s)
+        wrong = sum(chosen_by_hand(t, bias, 4, 4, 2, closed=0.0) !=
+                    chosen_by_hand(t, bias, 4, 4, 2) for t in s) / len(s)
         print(f"mean bias {mean_bias}: {wrong:.0%} of the tokens misrouted by a mask of 0")
         assert low <= wrong <= high
         routing = route(gate(16, 4, bias=bias, n_expert_groups=4, n_limited_groups=2), s)
@@ -257,7 +259,8 @@ HOT, IDLE = 50.0, -50.0
     (dict(n_shared_experts=0), None, None),
     (dict(n_shared_experts=2), None, None),
     (GROUPS, [-0.6] * 16, None),
-], ids=["8 experts", "one hot, three idle", "all to one", "no shared expert", "two shared experts", "4 groups, bias -0.6"])
+], ids=["8 experts", "one hot, three idle", "all to one", "no shared expert",
+        "two shared experts", "4 groups, bias -0.6"])
 def test_the_mixture_equals_a_slow_loop_over_tokens_in_values_and_all_gradients(changes, bias, load):
     c, moe = tiny(**changes), mixture(bias, **changes)
     x = torch.randn(3, 5, c.dim, dtype=torch.float64, requires_grad=True)

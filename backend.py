@@ -57,6 +57,11 @@ def native_bf16():
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
+def fast_bf16(device):
+    """Whether BF16 products are faster than FP32 ones on this device."""
+    return device.type == "cuda" or device.type == "cpu" and native_bf16()
+
+
 def name(device):
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} ({platform.machine()}, " \
         f"{torch.get_num_threads()} threads of {os.cpu_count()} cores)"

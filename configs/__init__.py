@@ -95,12 +95,14 @@ class Config:
     # --- the machine --------------------------------------------------------------------------------------------------
     device: str = param("auto", "where to run; auto = cuda, else mps, else cpu", choices=("auto", "cpu", "cuda", "mps"))
     precision: str = param("fp32", "dtype of the matrix products; weights stay fp32", choices=("fp32", "bf16"))
+    bf16_head: bool = param(False, "the head's products of the training loss in BF16, on a CPU that has it")
     recompute: bool = param(False, "recompute each block in backward instead of keeping its activations")
     compile: bool = param(False, "torch.compile the model")
 
     # --- the run ------------------------------------------------------------------------------------------------------
     out_dir: str = param("", "folder of checkpoints and metrics; empty = out/<name of the config file>")
     eval_interval: int = param(250, "steps between evaluations; 0 = only at the end", 0)
+    eval_stride: int = param(0, "tokens between the starts of evaluation windows; 0 = seq_len: they don't overlap", 0)
     save_interval: int = param(250, "steps between checkpoints; 0 = only at the end", 0)
     resume: bool = param(False, "go on from the newest checkpoint in out_dir")
     init_from: str = param("", "a Hugging Face folder: continue pre-training from its weights")
@@ -124,8 +126,8 @@ class Config:
 
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
 # What may differ when a run is resumed: where and how it runs, not what it computes.
-MACHINE_FIELDS = {"micro_batch_size", "device", "compile", "recompute", "out_dir", "eval_interval", "save_interval",
-                  "resume", "init_from", "eval_only", "profile", "plan"}
+MACHINE_FIELDS = {"micro_batch_size", "device", "compile", "recompute", "out_dir", "eval_interval", "eval_stride",
+                  "save_interval", "resume", "init_from", "eval_only", "profile", "plan"}
 
 
 # --- from text to a checked Config ------------------------------------------------------------------------------------
@@ -276,6 +278,8 @@ def check(c, where=None):
         wrong("decay_start", f"is after decay_end = {c.decay_end}")
     if c.min_lr > c.lr:
         wrong("min_lr", f"is more than lr = {c.lr}; give both")
+    if c.eval_stride > c.seq_len:
+        wrong("eval_stride", f"is more than seq_len = {c.seq_len}: it would leave tokens out")
     if not c.data:
         wrong("data", "is empty")
 

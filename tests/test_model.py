@@ -161,6 +161,21 @@ def test_bf16_activations_train_towards_the_same_loss_with_float32_weights_and_g
     agree(loss, high.loss(tokens)[0], 0.02, "loss")
 
 
+def test_a_bf16_head_rounds_the_training_loss_alone(monkeypatch):
+    monkeypatch.setattr(model.backend, "fast_bf16", lambda device: True)
+    low, high = lively(V3(tiny(bf16_head=True))), lively(V3(tiny()))
+    tokens = random_tokens(4, 18)
+    losses = [v3.loss(tokens)[0] for v3 in (low, high)]
+    for loss in losses:
+        loss.backward()
+    assert losses[0] != losses[1]
+    agree(*losses, 0.01, "loss")
+    for ours, theirs in zip(gradients(low).values(), gradients(high).values()):
+        assert ours.dtype == torch.float32 and (ours - theirs).norm() <= 0.05 * theirs.norm()
+    with torch.no_grad():
+        assert low.loss(tokens)[0] == high.loss(tokens)[0] and low(tokens).equal(high(tokens))
+
+
 # --- load and bias, in the model --------------------------------------------------------------------------------------
 
 def counts(v3):

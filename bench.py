@@ -67,6 +67,15 @@ def train(*args, **env):
         raise UserError(f"train.py {' '.join(args)} ended with exit code {run.returncode}")
 
 
+def call(arguments, folder):
+    """The standard output of python ARGUMENTS, run in `folder`. UserError with its last line if it fails."""
+    run = subprocess.run([sys.executable, *arguments], cwd=folder, capture_output=True, text=True, timeout=1800)
+    if run.returncode:
+        raise UserError(f"{' '.join(arguments)[:60]} ended with exit code {run.returncode}: "
+                        f"{(run.stderr.strip().splitlines() or ['no message'])[-1]}")
+    return run.stdout
+
+
 def checkpoints_of(rows, steps=(100, 200, 400, 500, 1000)):
     """Training loss around each of `steps`, the mean of the ten steps up to it."""
     return {step: statistics.mean(r["loss"] for r in rows[step - 10:step]) for step in steps if step <= len(rows)}
@@ -82,15 +91,14 @@ def tiny(options):
         seconds, peak = time.time() - began, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
         rows, evals = lines(f"{folder}/tiny")
         state = json.loads(next(Path(folder, "tiny").glob("step_*/state.json")).read_text())
-        sample = subprocess.run([sys.executable, "sample.py", f"--out_dir={folder}/tiny", "--prompt=class", "--seed=1",
-                                 "--max_tokens=120"], cwd=HERE, capture_output=True, text=True, timeout=300, check=True)
+        sample = call(["sample.py", f"--out_dir={folder}/tiny", "--prompt=class", "--seed=1", "--max_tokens=120"], HERE)
     data, final = state["data"], evals[-1]
     record("tiny", "python train.py config/tiny.py", seconds=seconds, val_bpb=final["val_bpb"],
            xz_bpb=8 * data["val_xz_bytes"] / data["val_bytes"],
            ratio=final["val_bpb"] / (8 * data["val_xz_bytes"] / data["val_bytes"]), data=data,
            tokens_per_s=statistics.median(r["tokens_per_s"] for r in rows), steps=len(rows),
            peak_bytes=peak, losses=checkpoints_of(rows), final_loss=rows[-1]["loss"],
-           evals=[{k: e[k] for k in ("step", "time", "val_loss", "val_bpb")} for e in evals], sample=sample.stdout,
+           evals=[{k: e[k] for k in ("step", "time", "val_loss", "val_bpb")} for e in evals], sample=sample,
            curve=[[r["step"], r["loss"], r["mtp_loss"], r["max_vio"]] for r in rows[::max(1, len(rows) // 200)]])
 
 
@@ -101,7 +109,7 @@ NANOGPT = ("config/train_shakespeare_char.py --device=cpu --compile=False --eval
            "--block_size=64 --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000 "
            "--lr_decay_iters=2000 --dropout=0.0")
 
-# Its checkpoint on the whole held-out tenth, in non-overlapping windows of its own context.
+# Its checkpoint on the whole held-out tenth, in non-overlapping windows of its own context: nats per character.
 SCORE = """
 import numpy as np, torch
 from model import GPT, GPTConfig
@@ -118,18 +126,16 @@ print("SCORE", sum(losses) / n)
 
 
 def nanogpt(clone, data, folder):
-    """Train nanoGPT's recipe on `data` in a copy of the clone: (wall seconds, nats per character)."""
+    """Train nanoGPT's recipe on `data` in a copy of the clone: (wall seconds, nats per byte)."""
     here = Path(folder) / "nanogpt"
     shutil.copytree(clone, here, ignore=shutil.ignore_patterns(".git"))
     shutil.copy(data, here / "data/shakespeare_char/input.txt")
-    run = lambda *command: subprocess.run([sys.executable, *command], cwd=here, check=True, capture_output=True,
-                                          text=True, timeout=1800).stdout
-    subprocess.run([sys.executable, "prepare.py"], cwd=here / "data/shakespeare_char", check=True, capture_output=True,
-                   timeout=300)
+    call(["prepare.py"], here / "data/shakespeare_char")
     began = time.time()
-    run("train.py", *NANOGPT.split())
+    call(["train.py", *NANOGPT.split()], here)
     seconds = time.time() - began
-    return seconds, float(run("-c", SCORE).split("SCORE")[1])
+    held_out = (text := Path(data).read_text(encoding="utf-8"))[len(text) * 9 // 10:]
+    return seconds, float(call(["-c", SCORE], here).split("SCORE")[1]) * len(held_out) / len(held_out.encode())
 
 
 def time_to(target, data, folder, *args):
@@ -169,7 +175,7 @@ def char(options):
         runs.append({"nanogpt_seconds": theirs, "nanogpt_loss": target, "seconds": ours,
                      "step": ours and reached[1]["step"], "ratio": ours and ours / theirs,
                      "final_loss": evals[-1]["val_bpb"] * math.log(2)})
-    record("char", "python bench.py char --data=FILE --nanogpt=CLONE", runs=runs, data=state["data"],
+    record("char", f"python bench.py char --data={Path(data).name} --nanogpt={Path(clone).name}", runs=runs, data=state["data"],
            losses=checkpoints_of(rows), evals=[[e["step"], e["val_bpb"] * math.log(2)] for e in evals])
 
 
@@ -215,7 +221,7 @@ def ablations(options):
     out = {name: {"changes": changes, "runs": [result for other, result, _ in done if other == name]}
            for name, changes in variants().items()}
     state = done[0][2]
-    record("ablations", "python bench.py ablations --data=FILE", data=state["data"], variants=out)
+    record("ablations", f"python bench.py ablations --data={Path(data).name}", data=state["data"], variants=out)
 
 
 # --- the README -------------------------------------------------------------------------------------------------------

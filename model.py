@@ -453,7 +453,7 @@ def from_hf(folder, device="cpu", **changes):
         raise UserError(f"{folder}: shard {absent[0]} is missing ({len(absent)} of {len(files)}); download it again")
     with torch.device(device):
         v3 = V3(config, initialize=False)
-    wanted = official_tensors(v3)
+    wanted, saved_mtp = official_tensors(v3), config_from_hf(folder).n_mtp
     copies = {f"model.layers.{config.n_layers + k}.{own}.weight" for k in range(config.n_mtp)
               for own in ("embed_tokens", "shared_head.head")}            # the MTP layers repeat the main model's two
     stored, scales = {}, {}
@@ -465,7 +465,7 @@ def from_hf(folder, device="cpu", **changes):
                         scales[name.removesuffix("_scale_inv")] = f.get_tensor(name)
                     elif name in wanted:
                         stored[name] = file
-                    elif "n_mtp" in changes and layer_of(name) >= config.n_layers:
+                    elif config.n_layers + config.n_mtp <= layer_of(name) < config.n_layers + saved_mtp:
                         continue                                              # the caller wants fewer MTP modules
                     elif name not in copies and not name.endswith("rotary_emb.inv_freq"):
                         raise UserError(f"{folder / file}: unknown tensor {name}; is config.json the right one?")

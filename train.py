@@ -104,9 +104,15 @@ def model_config(c, argv):
     the number of MTP depths may be given beside it: --n_mtp=0 leaves the module out."""
     if not c.init_from:
         return c
-    run = {f: getattr(c, f) for f in list(configs.FIELDS)[list(configs.FIELDS).index("data"):]}
+    fields = list(configs.FIELDS)
+    first = fields.index("data")                                                   # the model's fields stand before it
+    given = [arg[2:].partition("=")[0] for arg in argv[1:]]
+    for key in given:
+        if key in fields[:first] and key != "n_mtp" or key == "tokenizer":
+            raise UserError(f"--{key}: the model and its tokenizer are those of --init_from={c.init_from}; leave it out")
+    run = {f: getattr(c, f) for f in fields[first:]}
     run["tokenizer"] = str(Path(c.init_from) / "tokenizer.json")
-    if any(arg.startswith("--n_mtp=") for arg in argv):
+    if "n_mtp" in given:
         run["n_mtp"] = c.n_mtp
     print(f"init_from: the model and its tokenizer are those of {c.init_from}")
     return config_from_hf(c.init_from, **run)
@@ -252,8 +258,9 @@ def main(argv):
 def check_resume(c, state):
     """What a run computes may not change when it is resumed; where and how it runs may."""
     now = dataclasses.asdict(c)
+    free = MACHINE_FIELDS - ({"micro_batch_size"} if c.balance_scope == "batch" else set())     # its batch is the micro
     for key, then in state["config"].items():
-        if key in now and key not in MACHINE_FIELDS and now[key] != then:
+        if key in now and key not in free and now[key] != then:
             raise UserError(f"--resume: {key} was {then!r} and is now {now[key]!r}; give the run's own value, or start "
                             f"another with --out_dir")
 

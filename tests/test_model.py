@@ -696,6 +696,8 @@ def test_a_missing_tensor_is_named(folder):
 def test_an_unknown_tensor_is_named(folder):
     rewrite(folder, model__layers__9__mlp__up_proj__weight=torch.zeros(2))
     refuse(folder, shard(folder).name, "unknown tensor model.layers.9.mlp.up_proj.weight")
+    with pytest.raises(UserError, match="unknown tensor model.layers.9"):                      # nor with fewer depths
+        from_hf(folder, n_mtp=0)
 
 
 def test_a_wrong_shape_is_named_with_both_shapes(folder):

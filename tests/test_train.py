@@ -1,4 +1,6 @@
 """The run: schedules, micro-batches, resuming to the same bits, skipped steps, the numbers it leaves, mistakes."""
+import contextlib
+import dataclasses
 import json
 import math
 import os
@@ -403,7 +405,7 @@ def test_eval_only_takes_a_folder_whose_tokenizer_knows_no_filling_in(tmp_path, 
     assert f"{tmp_path / 'hf'}: val loss 5." in capsys.readouterr().out
 
 
-def test_init_from_starts_at_the_loss_of_the_folder_and_can_be_resumed(whole, tmp_path, monkeypatch):
+def test_init_from_starts_at_the_loss_of_the_folder_and_can_be_resumed(whole, tmp_path, monkeypatch, request):
     c = config()
     v3 = V3(c)
     parallel.load_checkpoint(parallel.latest(whole), official_tensors(v3))
@@ -411,7 +413,12 @@ def test_init_from_starts_at_the_loss_of_the_folder_and_can_be_resumed(whole, tm
     data.save_tokenizer(data.get_tokenizer("bytes"), tmp_path / "hf")
     expected = v3.loss(Data(c).batch(0))[1]
     assert expected["loss"] < 4
-    more = dict(init_from=tmp_path / "hf", dim=48, n_layers=1, tokenizer="bpe", max_steps=4)      # the folder's win
+    Path("small.py").rename("kept.py")
+    Path("small.py").write_text(SMALL.replace("dim = 32", "dim = 48", 1))                  # the folder's dims win
+    request.addfinalizer(lambda: Path("kept.py").replace("small.py"))
+    more = dict(init_from=tmp_path / "hf", max_steps=4)
+    for key, value in dict(dim=48, n_routed_experts=4, tokenizer="bpe").items():
+        assert f"--{key}: the model and its tokenizer are those of" in refused(tmp_path / "no", **more, **{key: value})
     assert interrupted(monkeypatch, tmp_path / "run", 2, **more) == 143
     first = metrics(tmp_path / "run")[0][0]
     for key in ("loss", "mtp_loss"):
@@ -556,6 +563,13 @@ def test_a_folder_that_holds_a_run_is_refused_without_resume_and_one_without_a_r
     assert "holds a run, at step_00000007" in message and "--resume" in message
     assert (again / "metrics.jsonl").read_text() == (half / "metrics.jsonl").read_text()
     assert "no checkpoint" in refused(tmp_path / "empty", "--resume") and not (tmp_path / "empty").exists()
+
+
+def test_where_the_micro_batch_is_the_balance_losss_batch_it_may_not_differ_on_resume():
+    for scope, free in (("sequence", True), ("batch", False)):
+        saved = {"config": dataclasses.asdict(config(balance_scope=scope))}
+        with contextlib.nullcontext() if free else pytest.raises(UserError, match="micro_batch_size was 2 and is now 8"):
+            train.check_resume(config(balance_scope=scope, micro_batch_size=8), saved)
 
 
 def test_a_finished_run_that_is_resumed_repeats_no_line(whole, tmp_path):

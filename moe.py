@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import backend
-from fp8 import Linear
+from fp8 import Linear, weight_gradient
 
 # --- the gate: who goes where -----------------------------------------------------------------------------------------
 
@@ -168,15 +168,16 @@ class Combine(torch.autograd.Function):
 class GroupedLinear(torch.autograd.Function):
     """y_r = W[expert of row r] x_r for rows sorted by expert.
 
-    x [R, in], w [E, out, in], ends (for each expert, the end of its rows) -> [R, out]
+    x [R, in], weight [E, out, in], ends (for each expert, the end of its rows) -> [R, out], in x's dtype
 
     One product per busy expert, written into one buffer; idle experts cost nothing and get a zero gradient.
     """
 
     @staticmethod
-    def forward(ctx, x, w, ends):
+    def forward(ctx, x, weight, ends):
+        w = weight.to(x.dtype)
         ctx.save_for_backward(x, w)
-        ctx.ends = ends
+        ctx.weight, ctx.ends = weight, ends
         y = x.new_empty(len(x), w.shape[1])
         for e, start, end in busy(ends):
             torch.mm(x[start:end], w[e].t(), out=y[start:end])
@@ -184,12 +185,18 @@ class GroupedLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        x, w = ctx.saved_tensors
-        dy, dx, dw = dy.contiguous(), torch.empty_like(x), torch.zeros_like(w)
-        for e, start, end in busy(ctx.ends):
+        (x, w), ends, weight = ctx.saved_tensors, ctx.ends, ctx.weight
+        dy, dx = dy.contiguous(), torch.empty_like(x)
+        for e, start, end in busy(ends):
             torch.mm(dy[start:end], w[e], out=dx[start:end])
-            torch.mm(dy[start:end].t(), x[start:end], out=dw[e])
-        return dx, dw, None
+
+        def wgrad():
+            dw = torch.zeros_like(w)
+            for e, start, end in busy(ends):
+                torch.mm(dy[start:end].t(), x[start:end], out=dw[e])
+            return dw.to(weight.dtype)
+
+        return dx, weight_gradient(weight, wgrad), None
 
 
 def busy(ends):
@@ -199,10 +206,9 @@ def busy(ends):
 
 def grouped_linear(x, w, load):
     """Each row times its expert's weight, in x's dtype: x [R, in], w [E, out, in], load int64 [E] -> [R, out]."""
-    w = w.to(x.dtype)
     ends = load.cumsum(0)
     if backend.use_grouped_mm(x):
-        return F.grouped_mm(x, w.transpose(1, 2), offs=ends.to(torch.int32))
+        return F.grouped_mm(x, w.to(x.dtype).transpose(1, 2), offs=ends.to(torch.int32))
     return GroupedLinear.apply(x, w, ends.tolist())
 
 

@@ -35,6 +35,7 @@ other durations ask `simulate`. The price: parameters twice, and PP+1 activation
 Words: P ranks, r a rank, M micro-batches, n ranks from an end to the fold, m micro-batches per direction; F, B, W, FB,
 p2p durations of a forward, a backward, its W part, a pair, and of sending a tensor to a neighbour.
 """
+import contextlib
 import dataclasses
 import difflib
 import json
@@ -42,10 +43,16 @@ import math
 import os
 import shutil
 import sys
+from bisect import bisect_left
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.autograd.graph import get_gradient_edge
 
 import configs
 from configs import UserError, param
@@ -258,6 +265,225 @@ def bubble(kind, ranks, F, B, W, FB):
     if kind == "zb1p":
         return (ranks - 1) * (F + B - 2 * W)
     return ((ranks if kind == "dualpipev" else ranks // 2) - 1) * (FB + B - 3 * W)
+
+
+# --- the executor -----------------------------------------------------------------------------------------------------
+
+def exchanges(kind, lists):
+    """What each rank sends and receives before each of its steps and after the last: per rank and step a list of
+    (what, peer, (part, dir, mb)), what being "send", "receive", or "sent": the peer should have it, let go of it.
+
+    The simulation says when. A transfer starts, on both sides, before the first step that starts when or after its
+    tensor is ready. So a rank never waits for what the simulation, by that step, has not done; and as that has an order
+    in time, no rank can wait for itself through others, even where whole batches run one behind the other (NCCL).
+    """
+    entries = simulate(kind, lists)["steps"]
+    starts = [[e["start"] for e in steps] for steps in entries]
+    ready = {(rank, "F" if part == "F" else "B", dir, mb): e["end"] for rank, steps in enumerate(entries)
+             for e in steps for part, dir, mb in Step(e["kind"], e["dir"], e["mb"]).parts if part != "W"}
+    transfers = []
+    for taker, part, dir, mb in ready:
+        giver = source(kind, len(lists), taker, part, dir)
+        if giver and giver[0] != taker:
+            transfers.append((ready[giver[0], part, dir, mb], giver[0], taker, (part, dir, mb)))
+    plan = [[[] for _ in range(len(steps) + 1)] for steps in lists]
+    for time, giver, taker, key in sorted(transfers):
+        send, receive = bisect_left(starts[giver], time), bisect_left(starts[taker], time)
+        taken = max(time, entries[taker][receive - 1]["end"]) if receive else time
+        sent = bisect_left(starts[giver], taken) + 1                              # and a step of slack
+        plan[giver][send].append(("send", taker, key))
+        plan[taker][receive].append(("receive", giver, key))
+        plan[giver][min(sent, len(lists[giver]))].append(("sent", taker, key))
+    return plan
+
+
+class DualPipe:
+    """Runs a rank's part of any of the four schedules on torch.distributed (gloo, NCCL).
+
+    kind: one of KINDS. stages: this rank's modules, one for each direction (`stage` tells which): one for 1f1b and
+    zb1p, two for the others. A stage maps its input to (output, local loss or None); the first one's inputs, and the
+    labels, are a micro-batch of what `step` gets; the outputs of all but the last are tensors like `like`.
+    criterion(output, labels) -> the last stage's loss. Losses are summed, never averaged. group: the pipeline's ranks;
+    its timeout ends a rank whose neighbour is gone.
+
+    A backward is cut into I and W through the parameters: during an I each of them has a list as `queue`, and the
+    autograd functions that know of it (fp8.weight_gradient) put their dW there; W runs the list. All other gradients
+    are computed in the I.
+    """
+
+    def __init__(self, kind, stages, criterion, like, group=None):
+        self.kind, self.stages, self.criterion, self.like = kind, list(stages), criterion, like
+        self.group = group or dist.group.WORLD
+        self.rank, self.ranks = dist.get_rank(self.group), dist.get_world_size(self.group)
+        if len(self.stages) != (2 if kind.startswith("dualpipe") else 1):
+            raise UserError(f"{kind}: {len(self.stages)} stages given to rank {self.rank}, it runs "
+                            f"{2 if kind.startswith('dualpipe') else 1}")
+        # The lower stage first, so that the two ranks that hold the same stages list their parameters in one order.
+        order = sorted(range(len(self.stages)), key=lambda dir: stage(kind, self.ranks, self.rank, dir))
+        self.parameters = [p for p in nn.ModuleList(self.stages[dir] for dir in order).parameters() if p.requires_grad]
+        self.plans = {}                                          # (micro-batches, training) -> (steps, exchanges)
+
+    def step(self, microbatches, inputs=None, labels=None):
+        """Forward and backward of one batch; without gradients (torch.no_grad) the forwards alone.
+
+        inputs, labels [N, ...]: the whole batch, cut along its first dim; ranks that hold no end of the model may leave
+        them out. dualpipe sends the first half in at rank 0, the second at the last rank. -> the sum of all losses, a
+        float, on every rank. Gradients are added to .grad; in dualpipe those of the two copies of a stage are summed.
+
+        An exception on one rank is raised on all, as RuntimeError with its rank and message: that rank goes on sending
+        zeros, so that nobody waits in vain, and at the end every rank tells how it fared.
+        """
+        check(self.kind, self.ranks, microbatches)
+        training = torch.is_grad_enabled()
+        self.microbatches, self.batch = microbatches, {"inputs": inputs, "labels": labels}
+        self.arrived, self.leaving, self.held, self.late = {}, {}, {}, {}
+        self.sending, self.receiving, loss, error = {}, {}, 0.0, None
+        steps, plan = self.plan(microbatches, training)
+        earlier = [p.grad for p in self.parameters]
+        copies = training and self.kind == "dualpipe"
+        if copies:                                               # what they have of earlier batches is summed already
+            for p in self.parameters:
+                p.grad = None
+        for step, exchange in zip(steps, plan):
+            self.exchange(exchange)
+            for part, dir, mb in step.parts:
+                if (key := ("F" if part == "F" else "B", dir, mb)) in self.receiving:
+                    self.wait(self.receiving.pop(key))
+            for part, dir, mb in step.parts if error is None else ():
+                try:
+                    if part == "F":
+                        loss += self.forward(dir, mb, training)
+                    elif part == "W":
+                        with torch.no_grad():
+                            for weight_gradient in self.late.pop((dir, mb)):
+                                weight_gradient()
+                    else:
+                        self.backward(part, dir, mb)
+                except Exception as e:
+                    error = e
+        self.exchange(plan[-1])
+        reports = [None] * self.ranks
+        told = error and f"rank {self.rank}, {type(error).__name__}: {error}"
+        with self.reaching("another"):
+            dist.all_gather_object(reports, (told, float(loss)), group=self.group)
+        if told := "; ".join(told for told, _ in reports if told):
+            raise RuntimeError(told) from error
+        if copies:
+            for p in self.parameters:
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            self.sum_copies([p.grad for p in self.parameters])
+            for p, grad in zip(self.parameters, earlier):
+                p.grad = p.grad if grad is None else grad.add_(p.grad)
+        return sum(loss for _, loss in reports)
+
+    def plan(self, microbatches, training):
+        key = microbatches, training
+        if key not in self.plans:
+            lists = [schedule(self.kind, self.ranks, rank, microbatches) for rank in range(self.ranks)]
+            if not training:
+                lists = [[Step(*part) for step in steps for part in step.parts if part[0] == "F"] for steps in lists]
+            self.plans[key] = lists[self.rank], exchanges(self.kind, lists)[self.rank]
+        return self.plans[key]
+
+    def sum_copies(self, tensors):
+        """In dualpipe: add to each tensor, in place, the one of the rank that holds the same stages, both giving theirs
+        in the same order."""
+        other = [torch.empty_like(t) for t in tensors]
+        ops = [dist.P2POp(op, t, group=self.group, group_peer=self.ranks - 1 - self.rank, tag=tag)
+               for tag, pair in enumerate(zip(tensors, other)) for op, t in zip((dist.isend, dist.irecv), pair)]
+        for work in dist.batch_isend_irecv(ops) if ops else ():
+            work.wait()
+        for mine, theirs in zip(tensors, other):
+            mine += theirs
+
+    def micro_batch(self, name, dir, mb):
+        """Micro-batch mb of direction dir of the batch's "inputs" or "labels"."""
+        batch = self.batch[name]
+        if batch is None:
+            raise UserError(f"no {name} were given; this rank needs them")
+        if len(batch) % self.microbatches:
+            raise UserError(f"{name}: a batch of {len(batch)} can't be cut into {self.microbatches} micro-batches")
+        size = len(batch) // self.microbatches
+        at = size * (mb + (self.microbatches // 2 if self.kind == "dualpipe" and dir else 0))
+        return batch[at:at + size]
+
+    def forward(self, dir, mb, training):
+        """Run a stage, leave its output for the next one and what its backward begins with; returns its loss."""
+        x = self.arrived.pop(("F", dir, mb), None)
+        x = self.micro_batch("inputs", dir, mb) if x is None else x.requires_grad_(training)
+        y, loss = self.stages[dir](x)
+        if source(self.kind, self.ranks, self.rank, "B", dir) is None:
+            last = self.criterion(y, self.micro_batch("labels", dir, mb))
+            loss, roots = last if loss is None else last + loss, []
+        else:
+            if (y.shape, y.dtype) != (self.like.shape, self.like.dtype):
+                raise UserError(f"a stage returned {y.dtype} {list(y.shape)}, but the pipeline was made for "
+                                f"{self.like.dtype} {list(self.like.shape)}")
+            self.give("F", dir, mb, y.detach())
+            # The place in the graph, not the tensor: once sent it is free, unless the stage's own backward reads it.
+            roots = [get_gradient_edge(y)] if training else []
+        if training:
+            self.held[dir, mb] = x, roots + ([] if loss is None else [loss])
+        return 0.0 if loss is None else loss.detach()
+
+    def backward(self, part, dir, mb):
+        x, roots = self.held.pop((dir, mb))
+        dy = self.arrived.pop(("B", dir, mb), None)                              # None: the last stage has its loss
+        put_off = self.parameters if part == "I" else []
+        if part == "I":
+            self.late[dir, mb] = []
+        for p in put_off:
+            p.queue = self.late[dir, mb]
+        try:
+            torch.autograd.backward(roots, [dy, None][:len(roots)])              # dy for the output, 1 for a loss
+        finally:
+            for p in put_off:
+                del p.queue
+        self.give("B", dir, mb, x.grad)
+
+    def give(self, part, dir, mb, tensor):
+        """Leave a result for the next stage: to be sent, or here at the fold."""
+        neighbour = self.rank + (1 if (part == "F") == (dir == 0) else -1)
+        if 0 <= neighbour < self.ranks:
+            self.leaving[part, dir, mb] = tensor.contiguous()
+        elif neighbour == self.ranks and self.kind == "dualpipev":
+            self.arrived[part, 1 - dir, mb] = tensor
+
+    def exchange(self, exchange):
+        """Start the sends and receives of a place in the schedule as one batch, and let go of what has been sent."""
+        ops, keys = [], []
+        for what, peer, key in exchange:
+            if what == "sent":
+                continue
+            if what == "send":
+                tensor, where, op = self.leaving.pop(key, None), self.sending, dist.isend
+                tensor = torch.zeros_like(self.like) if tensor is None else tensor             # after an error here
+            else:
+                tensor, where, op = torch.empty_like(self.like), self.receiving, dist.irecv
+                self.arrived[key] = tensor
+            part, dir, mb = key
+            ops.append(dist.P2POp(op, tensor, group=self.group, group_peer=peer, tag=4 * mb + 2 * dir + (part == "B")))
+            keys.append((where, key, peer, tensor))
+        with self.reaching(" or ".join(str(peer) for _, _, peer, _ in keys)):
+            works = dist.batch_isend_irecv(ops) if ops else []
+        # gloo gives a handle for each, NCCL one for the batch.
+        for (where, key, peer, tensor), work in zip(keys, works if len(works) == len(ops) else works * len(ops)):
+            where[key] = work, peer, tensor
+        for what, _, key in exchange:
+            if what == "sent":
+                self.wait(self.sending.pop(key))
+
+    def wait(self, transfer):
+        work, peer, _ = transfer
+        with self.reaching(peer):
+            work.wait()
+
+    @contextlib.contextmanager
+    def reaching(self, peer):
+        try:
+            yield
+        except RuntimeError as e:
+            raise RuntimeError(f"rank {self.rank}: rank {peer} is gone or took longer than the timeout: {e}") from e
 
 
 # --- pictures and tables ----------------------------------------------------------------------------------------------

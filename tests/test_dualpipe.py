@@ -1,15 +1,26 @@
 """Pipeline schedules: executable, complete, as long as the formulas say; the executor against one process."""
+import datetime
 import json
+import multiprocessing
+import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
+from conftest import build, random_tokens
+from torch import nn
 
 import dualpipe
 from configs import UserError
-from dualpipe import KINDS, Step, bubble, mirror, picture, schedule, simulate, source, stage
+from dualpipe import KINDS, DualPipe, Step, bubble, mirror, picture, schedule, simulate, source, stage
+from fp8 import Linear
+from model import CrossEntropy, target_totals
+from moe import GroupedLinear
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -291,3 +302,289 @@ def test_the_drawing_is_a_png_and_a_folder_that_is_not_there_is_named(tmp_path, 
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG") and len(list(tmp_path.iterdir())) == 1
     with pytest.raises(UserError, match="can be written"):
         dualpipe.main([f"--png={tmp_path / 'nowhere' / 'x.png'}"])
+
+
+# --- the executor: what its ranks do ----------------------------------------------------------------------------------
+
+D = 6
+
+
+class Layer(nn.Module):
+    """[b, D] -> ([b, D], a loss of its own): two matrices whose dW can be put off, a vector whose gradient can't. The
+    output is a view of a tensor that the backward reads: to free it once it is sent would be wrong."""
+
+    def __init__(self, index):
+        super().__init__()
+        torch.manual_seed(index)
+        self.up, self.down, self.scale = Linear(D, 2 * D), Linear(2 * D, D), nn.Parameter(torch.rand(D))
+        for weight in (self.up.weight, self.down.weight):
+            nn.init.normal_(weight)
+        self.double()
+
+    def forward(self, x):
+        y = (self.down(self.up(x).tanh()) * self.scale + x).sigmoid()
+        return y.view(-1, D), y.square().sum() if self.scale.sum() > 3 else None
+
+
+def squared(y, labels):
+    return ((y - labels) ** 2).sum()
+
+
+def error(ours, theirs):
+    """Largest difference over the largest value."""
+    return ((ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-30)).item()
+
+
+def stages_of(kind, ranks):
+    return 2 * ranks if kind == "dualpipev" else ranks
+
+
+def here(kind, ranks, rank):
+    """The stages of a rank, by direction."""
+    return [stage(kind, ranks, rank, dir) for dir in directions(kind, 0)]
+
+
+def run_layers(kind, rank, ranks):
+    """One process, then the pipeline: loss, gradients once and accumulated, evaluation, what is put off and freed."""
+    M = 3 * ranks + ranks % 2
+    x, labels = torch.randn(2, 2 * M, D, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
+    whole = [Layer(i) for i in range(stages_of(kind, ranks))]
+    h, want = x, 0.0
+    for layer in whole:
+        h, loss = layer(h)
+        want = want + (0.0 if loss is None else loss)
+    want = want + squared(h, labels)
+    want.backward()
+
+    mine = [Layer(i) for i in here(kind, ranks, rank)]
+    pipe = DualPipe(kind, mine, squared, torch.empty(2, D, dtype=torch.float64))
+    put_off, sending, backward, forward = set(), [], pipe.backward, pipe.forward
+    pipe.backward = lambda part, *at: (backward(part, *at), part == "I" and put_off.add(len(pipe.late[at])))
+    pipe.forward = lambda *at: (sending.append(len(pipe.sending)), forward(*at))[1]
+    ends = rank in (0, ranks - 1)
+    loss = pipe.step(M, x if ends else None, labels if ends else None)
+    grads = [(p.grad.clone(), q.grad) for ours, i in zip(mine, here(kind, ranks, rank))
+             for p, q in zip(ours.parameters(), whole[i].parameters())]
+    with torch.no_grad():
+        evaluated = pipe.step(M, x, labels)
+    same = all(torch.equal(p.grad, g) for p, (g, _) in zip((p for ours in mine for p in ours.parameters()), grads))
+    pipe.step(M, x, labels)
+    twice = [p.grad for ours in mine for p in ours.parameters()]
+    return {"loss": abs(loss / want.item() - 1), "evaluated": abs(evaluated / want.item() - 1), "untouched": same,
+            "grads": max(error(ours, theirs) for ours, theirs in grads),
+            "accumulated": max(error(p, 2 * theirs) for p, (_, theirs) in zip(twice, grads)),
+            "put_off": sorted(put_off), "sending": max(sending), "microbatches": M,
+            "left": len(pipe.held) + len(pipe.late) + len(pipe.arrived) + len(pipe.sending) + len(pipe.receiving)}
+
+
+class V3Stage(nn.Module):
+    """Layers of a V3, from the embedding in the first stage, to the final norm and MTP in the last."""
+
+    def __init__(self, v3, index, stages, totals):
+        super().__init__()
+        n = len(v3.layers)
+        self.layers = nn.ModuleList(v3.layers[n * index // stages:n * (index + 1) // stages])
+        self.first, self.last, self.v3, self.totals = index == 0, index == stages - 1, [v3], totals
+        if self.first or self.last:
+            self.embed = v3.embed
+        if self.last:
+            self.ends = nn.ModuleList([v3.norm, v3.head, *v3.mtp])
+
+    def balance(self, gate, routing):
+        gate.load += routing.load
+        return self.v3[0].config.balance_alpha * routing.balance / self.totals[1]
+
+    def forward(self, x):
+        v3, local = self.v3[0], None
+        if self.first:
+            x = v3.embedding(x[:, :-1 - v3.config.n_mtp])
+        for layer in self.layers:
+            x, routing = layer(x, v3.rope[:x.shape[1]])
+            if routing:
+                local = self.balance(layer.ffn.gate, routing) + (0.0 if local is None else local)
+        return v3.norm(x) if self.last else x, local
+
+    def criterion(self, h, tokens):
+        v3, T, loss = self.v3[0], h.shape[1], 0.0
+        states = [(h, None), *v3.draft(h, tokens)]
+        for k, ((h, routing), count) in enumerate(zip(states, self.totals[0])):
+            nats = CrossEntropy.apply(h.flatten(0, 1), v3.head.weight, tokens[:, k + 1:T + k + 1].flatten()) / count
+            loss = loss + nats * (v3.config.mtp_weight / v3.config.n_mtp if k else 1)
+            loss = loss + (self.balance(v3.mtp[k - 1].block.ffn.gate, routing) if routing else 0.0)
+        return loss
+
+
+def run_v3(kind, rank, ranks):
+    """V3 with MTP in stages: embedding, head and MTP are on one rank and share their parameters."""
+    M, T, changes = 2 * ranks, 9, dict(n_layers=2 * ranks, balance_alpha=0.1, init_std=0.1)
+    whole, v3 = build(**changes), build(**changes)
+    tokens = random_tokens(M, T + 1 + whole.config.n_mtp)
+    totals, stages = target_totals(tokens, whole.config.n_mtp), stages_of(kind, ranks)
+    want, _ = whole.loss(tokens)
+    want.backward()
+
+    mine = [V3Stage(v3, i, stages, totals) for i in here(kind, ranks, rank)]
+    criterion = next((s.criterion for s in mine if s.last), None)
+    pipe = DualPipe(kind, mine, criterion, torch.empty(1, T, whole.config.dim, dtype=torch.float64))
+    loss = pipe.step(M, tokens, tokens)
+    names = {id(p): name for name, p in v3.named_parameters()}
+    theirs = dict(whole.named_parameters())
+    owned = [p for s in mine for p in s.parameters()]
+    gates = {id(g): (g, ref) for g, ref in zip(v3.gates(), whole.gates()) if any(g.weight is p for p in owned)}
+    gates = [gates[id(g)] for g in v3.gates() if id(g) in gates]
+    if kind == "dualpipe":
+        pipe.sum_copies([g.load for g, _ in gates])
+    return {"loss": abs(loss / want.item() - 1), "loads": all(torch.equal(g.load, ref.load) for g, ref in gates),
+            "grads": max(error(p.grad, theirs[names[id(p)]].grad) for p in owned),
+            "moved": min(theirs[names[id(p)]].grad.abs().max().item() for p in owned)}
+
+
+class Broken(Layer):
+    """A stage that fails at its third forward."""
+    calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        if self.calls == 3:
+            raise ValueError("the third one")
+        return super().forward(x)
+
+
+def told(function, *args, **kwargs):
+    """The message of the exception."""
+    try:
+        function(*args, **kwargs)
+    except Exception as e:
+        return f"{type(e).__name__}: {e}"
+
+
+def run_mistakes(rank, ranks):
+    like, M = torch.empty(2, D, dtype=torch.float64), 3 * ranks
+    x = torch.randn(2 * M, D, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
+    out = {}
+    for kind in KINDS:
+        mine = [(Broken if rank == 1 and not dir else Layer)(i) for dir, i in enumerate(here(kind, ranks, rank))]
+        pipe = DualPipe(kind, mine, squared, like)
+        out[kind] = told(pipe.step, M, x, x)
+        pipe.step(M, x, x)                                                        # and the pipeline goes on
+    pipe = DualPipe("1f1b", [Layer(rank)], squared, like)
+    out["not divisible"] = told(pipe.step, M, x[1:], x)
+    out["no labels"] = told(pipe.step, M, x)
+    out["another shape"] = told(DualPipe("1f1b", [Layer(rank)], squared, like[:1]).step, M, x, x)
+    out["stages"] = told(DualPipe, "dualpipe", [Layer(0)], squared, like)
+    out["micro-batches"] = told(DualPipe("dualpipe", [Layer(0)] * 2, squared, like).step, 2 * ranks - 2, x, x)
+    return out
+
+
+def run_death(rank, ranks):
+    class Dies(Layer):
+        def forward(self, x):
+            os._exit(3)
+
+    began = time.time()
+    pipe = DualPipe("1f1b", [(Dies if rank == 1 else Layer)(rank)], squared, torch.empty(2, D, dtype=torch.float64))
+    x = torch.zeros(16, D, dtype=torch.float64)
+    return {"told": told(pipe.step, 8, x, x), "seconds": time.time() - began}
+
+
+def rank_main(rank, ranks, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store{ranks}", rank=rank, world_size=ranks,
+                            timeout=datetime.timedelta(seconds=30))
+    out = {kind: run_layers(kind, rank, ranks) for kind in KINDS}
+    out |= {f"v3 {kind}": run_v3(kind, rank, ranks) for kind in ("dualpipe", "dualpipev")}
+    out["mistakes"] = run_mistakes(rank, ranks)
+    (folder / f"{ranks}.{rank}.json").write_text(json.dumps(out))
+    if ranks == 4:
+        out = run_death(rank, ranks)
+        (folder / f"death.{rank}.json").write_text(json.dumps(out))
+        os._exit(0)                                                               # nobody is left to say goodbye to
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    # One process imports torch; on Linux its ranks are forks of it, before it has started any thread.
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    for world in (2, 4):
+        processes = [context.Process(target=rank_main, args=(r, world, Path(sys.argv[1]))) for r in range(world)]
+        [p.start() for p in processes]
+        [p.join() for p in processes]
+
+
+# --- the executor: what is asked of them ------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """{(number of ranks, rank): results}, of one run of this file."""
+    folder = tmp_path_factory.mktemp("ranks")
+    done = subprocess.run([sys.executable, __file__, folder], cwd=ROOT, capture_output=True, text=True, timeout=120,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+    out = {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
+    assert len(out) == 2 + 4 + 3, done.stderr
+    return out
+
+
+WORLDS = pytest.mark.parametrize("world", [2, 4])
+
+
+@WORLDS
+@pytest.mark.parametrize("kind", KINDS)
+def test_losses_and_every_gradient_equal_one_process(kind, world, ranks):
+    for r in range(world):
+        result = ranks[f"{world}.{r}"][kind]
+        assert max(result[what] for what in ("loss", "grads", "accumulated", "evaluated")) < 1e-12, result
+        assert result["untouched"], "evaluation changed a gradient"
+        assert result["left"] == 0
+
+
+@WORLDS
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_put_off_is_the_two_matrices_and_what_is_sent_is_let_go(kind, world, ranks):
+    for r in range(world):
+        result = ranks[f"{world}.{r}"][kind]
+        assert result["put_off"] == ([] if kind == "1f1b" else [2])
+        assert result["sending"] <= 4 < result["microbatches"]
+
+
+@WORLDS
+@pytest.mark.parametrize("kind", ["dualpipe", "dualpipev"])
+def test_v3_in_stages_equals_v3(kind, world, ranks):
+    for r in range(world):
+        result = ranks[f"{world}.{r}"][f"v3 {kind}"]
+        assert max(result["loss"], result["grads"]) < 1e-12 and result["loads"] and result["moved"] > 0, result
+
+
+@WORLDS
+def test_an_error_on_one_rank_is_raised_on_all(world, ranks):
+    for r in range(world):
+        result = ranks[f"{world}.{r}"]["mistakes"]
+        for kind in KINDS:
+            assert result[kind] == "RuntimeError: rank 1, ValueError: the third one"
+        assert f"a batch of {6 * world - 1} can't be cut into {3 * world}" in result["not divisible"]
+        assert f"rank {world - 1}, UserError: no labels" in result["no labels"]
+        assert "returned torch.float64 [2, 6]" in result["another shape"] and "[1, 6]" in result["another shape"]
+        assert "1 stages given" in result["stages"] and f"at least {2 * world}" in result["micro-batches"]
+
+
+def test_a_rank_that_dies_ends_the_others_before_the_timeout(ranks):
+    assert "death.1" not in ranks
+    for r in (0, 2, 3):
+        result = ranks[f"death.{r}"]
+        assert re.match(r"RuntimeError: rank \d: rank .* is gone", result["told"]) and result["seconds"] < 20, result
+
+
+def test_a_queue_on_a_weight_takes_its_gradient_and_gives_it_later():
+    x, linear = torch.randn(2, 3, D, requires_grad=True), Linear(D, 4)
+    nn.init.normal_(linear.weight)
+    w = torch.randn(2, 4, D, requires_grad=True)
+    for weight, product in [(linear.weight, lambda: linear(x)),
+                            (w, lambda: GroupedLinear.apply(x.flatten(0, 1), w, [4, 6]))]:
+        product().square().sum().backward()
+        want, dx = weight.grad.clone(), x.grad.clone()
+        x.grad, weight.queue = None, []
+        product().square().sum().backward()
+        assert torch.equal(weight.grad, want) and torch.equal(x.grad, dx) and len(weight.queue) == 1
+        with torch.no_grad():
+            weight.queue.pop()()
+        assert torch.equal(weight.grad, 2 * want)
+        x.grad, weight.queue = None, None

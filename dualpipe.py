@@ -58,6 +58,7 @@ import configs
 from configs import UserError, param
 
 KINDS = ("1f1b", "zb1p", "dualpipe", "dualpipev")
+GIVES = {"F": "F", "B": "B", "I": "B"}                   # what the neighbour gets of a part: activations, or a gradient
 
 # --- the schedules: each rank's list of steps -------------------------------------------------------------------------
 
@@ -133,20 +134,20 @@ def folded(n, r, m):
     # Our first F1 needs r more ranks to the loss, and its gradient r back: 2r steps = r pairs of forwards, and its own
     # pair before. Now 2h + 2(r+1) = 2n activations are held, here as on every rank, and each forward costs a backward.
     ops += ["F0", "F1"] * (r + 1)
-    # Gradients of direction 1 are here, but need h ranks to the fold and h back before there are any of direction 0
-    # to pair with an F1: one of these rounds for each of the h. The next rank waits for I; W fits in before F1 comes.
+    # Gradients of direction 1 are here, but need h ranks to the fold and h back before there are any of direction 0 to
+    # pair with an F1: one of these rounds for each of the h. The next rank waits for I; W fits in before F1 comes.
     ops += ["I1", "W", "F1"] * h
     # Both are here: pairs, until the F0's run out, of which 2h + r+1 are done: m - 2h - (r+1) = m - 2n + r+1 are left.
-    # On rank 0 that is m - 2n + 1: from here the bound m >= 2n. A pair ends as a whole, and at the fold it would keep
-    # the F0 that the fold's other half waits for until its B1 is done: the first pair there is no pair.
-    ops += (["F0B1", "F1B0"] * (m - 2 * n + r + 1) if h else ["F0", "B1", "F1B0"] + ["F0B1", "F1B0"] * (m - 2 * n + r))
+    # On rank 0 that is m - 2n + 1: from here the bound m >= 2n. At the fold the first is no pair, as published: its F0
+    # is on its way to the other half while B1 still runs. That gains up to p2p, and loses the F + B - FB of a pair.
+    ops += (["F0B1", "F1B0"] if h else ["F0", "B1", "F1B0"]) + ["F0B1", "F1B0"] * (m - 2 * n + r)
     # F1's left: m - (r+1) - h - (m - 2n + r+1) = h, each still in a pair with a B0, and the B1's between them alone.
     ops += ["B1", "F1B0"] * h
-    # B1's left: m - h - (m - 2n + r+1) - h = r+1, and as many of the B0's turns. The first half is whole, for nothing
-    # has to be filled yet; the second half puts off r+1 W's and lets the gradients pass the sooner.
+    # No F's left. B1's left: m - h - (m - 2n + r+1) - h = r+1, in turns with B0's. The first half of them is whole, for
+    # there is no hole yet to fill with a W; the second half puts off r+1 W's, and the gradients pass the sooner.
     ends = ["B1", "B0"] * (r + 1)
     ops += ends[:r + 1] + [op.replace("B", "I") for op in ends[r + 1:]]
-    # B0's left: m - (m - 2n + r+1) - h - (r+1) = h, each from the rank below, which takes a W between two of them too.
+    # B0's left: m - (m - 2n + r+1) - h - (r+1) = h. Between two of them a W: the rank that sends them does one too.
     ops += ["W", "I0"] * h
     # W's left: r+1 put off before and h in the last phase, less the h that it did.
     ops += ["W"] * (r + 1)
@@ -214,12 +215,11 @@ def simulate(kind, lists, F=1.0, B=2.0, W=1.0, FB=None, p2p=0.0):
         """When what this part needs is here; None: not known yet."""
         if part == "W":
             return 0.0
-        part = "F" if part == "F" else "B"
         own = 0.0 if part == "F" else done.get((rank, "F", dir, mb))    # a backward needs its own forward too
         giver = source(kind, ranks, rank, part, dir)
         if giver is None:
             return own
-        end = done.get((giver[0], part, giver[1], mb))
+        end = done.get((giver[0], GIVES[part], giver[1], mb))
         return None if own is None or end is None else max(own, end + (p2p if giver[0] != rank else 0.0))
 
     progress = True
@@ -233,8 +233,7 @@ def simulate(kind, lists, F=1.0, B=2.0, W=1.0, FB=None, p2p=0.0):
                     break
                 start = max(*needs, times[rank][-1][1] if times[rank] else 0.0)
                 end = start + duration[step.kind]
-                done.update({(rank, "F" if part == "F" else "B", dir, mb): end
-                             for part, dir, mb in step.parts if part != "W"})
+                done.update({(rank, GIVES[part], dir, mb): end for part, dir, mb in step.parts if part in GIVES})
                 times[rank].append((start, end))
                 progress = True
     stuck = [f"rank {r} at {steps[len(t)]}" for r, (steps, t) in enumerate(zip(lists, times)) if len(t) < len(steps)]
@@ -279,8 +278,8 @@ def exchanges(kind, lists):
     """
     entries = simulate(kind, lists)["steps"]
     starts = [[e["start"] for e in steps] for steps in entries]
-    ready = {(rank, "F" if part == "F" else "B", dir, mb): e["end"] for rank, steps in enumerate(entries)
-             for e in steps for part, dir, mb in Step(e["kind"], e["dir"], e["mb"]).parts if part != "W"}
+    ready = {(rank, GIVES[part], dir, mb): e["end"] for rank, steps in enumerate(entries) for e in steps
+             for part, dir, mb in Step(e["kind"], e["dir"], e["mb"]).parts if part in GIVES}
     transfers = []
     for taker, part, dir, mb in ready:
         giver = source(kind, len(lists), taker, part, dir)
@@ -331,7 +330,7 @@ class DualPipe:
         float, on every rank. Gradients are added to .grad; in dualpipe those of the two copies of a stage are summed.
 
         An exception on one rank is raised on all, as RuntimeError with its rank and message: that rank goes on sending
-        zeros, so that nobody waits in vain, and at the end every rank tells how it fared.
+        zeros, so that nobody waits in vain, and at the end every rank tells how it fared. Gradients are then worthless.
         """
         check(self.kind, self.ranks, microbatches)
         training = torch.is_grad_enabled()
@@ -347,7 +346,7 @@ class DualPipe:
         for step, exchange in zip(steps, plan):
             self.exchange(exchange)
             for part, dir, mb in step.parts:
-                if (key := ("F" if part == "F" else "B", dir, mb)) in self.receiving:
+                if (key := (GIVES.get(part), dir, mb)) in self.receiving:
                     self.wait(self.receiving.pop(key))
             for part, dir, mb in step.parts if error is None else ():
                 try:
@@ -377,6 +376,7 @@ class DualPipe:
         return sum(loss for _, loss in reports)
 
     def plan(self, microbatches, training):
+        """(this rank's steps, its exchanges), made once."""
         key = microbatches, training
         if key not in self.plans:
             lists = [schedule(self.kind, self.ranks, rank, microbatches) for rank in range(self.ranks)]
@@ -391,8 +391,9 @@ class DualPipe:
         other = [torch.empty_like(t) for t in tensors]
         ops = [dist.P2POp(op, t, group=self.group, group_peer=self.ranks - 1 - self.rank, tag=tag)
                for tag, pair in enumerate(zip(tensors, other)) for op, t in zip((dist.isend, dist.irecv), pair)]
-        for work in dist.batch_isend_irecv(ops) if ops else ():
-            work.wait()
+        with self.reaching(self.ranks - 1 - self.rank):
+            for work in dist.batch_isend_irecv(ops) if ops else ():
+                work.wait()
         for mine, theirs in zip(tensors, other):
             mine += theirs
 

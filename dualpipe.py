@@ -490,7 +490,7 @@ class DualPipe:
 # --- pictures and tables ----------------------------------------------------------------------------------------------
 
 COLOURS = {"F": ("#f2a65a", "#f7cfa3"), "B": ("#4f81bd", "#a9c4e4"),                     # of directions 0 and 1
-           "I": ("#3b9c8f", "#9bd0c8"), "W": ("#6aa84f", "#b7d7a8")}
+           "I": ("#3b9c8f", "#8ed8b0"), "W": ("#6aa84f", "#b7d7a8")}
 
 
 def cells(entry):
@@ -518,8 +518,8 @@ def picture(result, columns=None, colour=False):
             text = f"{part.lower() if dir else part}{mb}".ljust(right - left)
             text = text if len(text) == right - left else text[:1] * (right > left) + " " * (right - left - 1)
             line.append("." * (left - at))
-            line.append(f"\033[30;48;2;{';'.join(str(b) for b in bytes.fromhex(COLOURS[part][dir][1:]))}m{text}\033[0m"
-                        if colour else text)
+            r, g, b = (round(byte / 51) for byte in bytes.fromhex(COLOURS[part][dir][1:]))
+            line.append(f"\033[30;48;5;{16 + 36 * r + 6 * g + b}m{text}\033[0m" if colour else text)    # of 256 colours
             at = right
         lines.append("".join(line).rstrip())
     return "\n".join(lines)
@@ -655,7 +655,8 @@ def main(argv):
         return 0
     terminal = sys.stdout.isatty()
     print(title, "", picture(result, shutil.get_terminal_size().columns if terminal else None,
-                             terminal and "NO_COLOR" not in os.environ), "", table(o), sep="\n")
+                             terminal and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"),
+          "", table(o), sep="\n")
     return 0
 
 

@@ -633,8 +633,10 @@ def parse(argv):
         raise UserError(f"--W={o.W:g} is more than --B={o.B:g}, of which it is a part")
     if not o.F or not o.B or not o.FB:
         raise UserError(f"--F={o.F:g} --B={o.B:g} --FB={o.FB:g}: each must be more than 0")
-    if o.pp * o.microbatches > 2 ** 18:
-        raise UserError(f"--pp={o.pp} --microbatches={o.microbatches}: too many steps; their product may be {2 ** 18}")
+    most = 2 ** 12 if o.png else 2 ** 18
+    if o.pp * o.microbatches > most:
+        raise UserError(f"--pp={o.pp} --microbatches={o.microbatches}: too many steps; their product may be {most}"
+                        + (" with --png" if o.png else ""))
     check(o.kind, o.pp, o.microbatches)
     return o
 

@@ -272,7 +272,8 @@ def test_help_names_every_flag_and_its_default(capsys):
     (["--pp=eight"], "must be int"), (["--pp"], "--pp=VALUE"), (["--json=1"], "write --json"), (["pp=8"], "--pp"),
     (["--microbatch=8"], "did you mean --microbatches"), (["--F=nan"], "out of range"), (["--F=inf"], "out of range"),
     (["--F=0"], "more than 0"), (["--FB=0"], "more than 0"), (["--W=3"], "--B=2"), (["--p2p=-1"], "at least 0"),
-    (["--pp=1024", "--microbatches=4096"], "too many"), (["--zzz"], "--help")])
+    (["--pp=1024", "--microbatches=4096"], "too many"), (["--pp=64", "--microbatches=128", "--png=x"], "with --png"),
+    (["--zzz"], "--help")])
 def test_a_mistake_is_answered_in_one_line(argv, said):
     with pytest.raises(UserError, match=re.escape(said)) as e:
         dualpipe.main(argv)

@@ -5,6 +5,7 @@ choice is made here, from what the tensors are (device, dtype), never from a glo
 prints at its start says what was chosen and why, so that no fallback is silent.
 """
 import ctypes
+import functools
 import importlib.util
 import os
 import platform
@@ -48,6 +49,7 @@ def peak_flops(device, precision):
     return next((peak for key, peak in PEAK_BF16.items() if key in name), None)
 
 
+@functools.cache
 def has_triton():
     return importlib.util.find_spec("triton") is not None
 
@@ -77,6 +79,11 @@ def peak_memory(device):
 def use_grouped_mm(x):
     """Experts as one grouped matrix product: on a GPU in BF16. On a CPU its backward is slower than a loop."""
     return x.is_cuda and x.dtype == torch.bfloat16
+
+
+def use_decode_kernels(x):
+    """Kernels for the few tokens of generation: Triton on a GPU, without gradients, in float32 or less."""
+    return x.is_cuda and x.dtype != torch.float64 and has_triton() and not torch.is_grad_enabled()
 
 
 def table(device, precision):

@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import backend
-from fp8 import Linear, linear
+from fp8 import Linear, linear_triton
 
 if backend.has_triton():
     import triton
@@ -80,8 +80,8 @@ class Gate(nn.Module):
     def forward(self, x):
         high = torch.promote_types(x.dtype, torch.float32)
         limits = self.K, self.groups, self.limited, self.route_scale
-        if backend.use_decode_kernels(x) and not self.training:
-            logits = linear(x.flatten(0, 1), self.weight, high)                               # [N, E]
+        if backend.use_decode_kernels(x, MAX_TOKENS) and not self.training:
+            logits = linear_triton(x.flatten(0, 1), self.weight, high)                        # [N, E]
             return Routing(x.shape[:2], *route_triton(logits, self.bias, *limits), len(self.weight), 0.0)
         scores = F.linear(x.to(high), self.weight.to(high)).sigmoid()                         # [B, T, E]
         indices, weights = route_torch(scores.flatten(0, 1), self.bias, *limits)
@@ -298,12 +298,10 @@ class SwiGLU(torch.autograd.Function):
 # weights where they are, and the shared experts ride along as the experts E, E+1, ... that every token has chosen, with
 # weight 1.
 #
-#   one or a few tokens    row_hidden [R, F] -> row_sum [N, D]                 a row reads its expert's weights
-#   more                   sort -> tile_hidden [R, F] -> tile_out [R, D] -> sum over each token's rows
-#                                                                              an expert's weights are read once
+#   a few tokens   row_hidden [R, F] -> row_sum [N, D]                         a row reads its expert's weights
+#   more           sort -> tile_hidden [R, F] -> tile_out [R, D] -> sum        an expert reads its weights, once
 
-ROWS_BY_ROW = 4                               # tokens up to which a row reads its own weights
-MAX_TOKENS = 128                              # tokens up to which these kernels beat the grouped product
+MAX_TOKENS = 128                              # above, the grouped product is faster
 
 
 def experts_torch(x, indices, weights, w13, w2, shared=None):
@@ -373,7 +371,8 @@ if backend.has_triton():
                 f = start + tl.arange(0, BLOCK_F)
                 h = tl.load(hidden + (n * (K + S) + k) * F + f, mask=f < F, other=0.0).to(tl.float32)
                 inside = (d < D)[:, None] & (f < F)[None, :]
-                total += tl.load(w + d[:, None] * stride + f[None, :], mask=inside, other=0.0).to(tl.float32) * h[None, :]
+                down = tl.load(w + d[:, None] * stride + f[None, :], mask=inside, other=0.0).to(tl.float32)
+                total += down * h[None, :]
         tl.store(out + n * D + d, tl.sum(total, 1), mask=d < D)
 
     @triton.jit
@@ -431,7 +430,8 @@ if backend.has_triton():
             y = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
             for start in range(0, F, BLOCK_F):
                 f = start + tl.arange(0, BLOCK_F)
-                h = tl.load(hidden + r[:, None] * F + f[None, :], mask=(i < count)[:, None] & (f < F)[None, :], other=0.0)
+                inside = (i < count)[:, None] & (f < F)[None, :]
+                h = tl.load(hidden + r[:, None] * F + f[None, :], mask=inside, other=0.0)
                 inside = (d < D)[:, None] & (f < F)[None, :]
                 down = tl.load(w + d[:, None] * stride + f[None, :], mask=inside, other=0.0).to(h.dtype)
                 y = tl.dot(h, down.T, y, input_precision="ieee")
@@ -441,29 +441,33 @@ if backend.has_triton():
 def experts_triton(x, indices, weights, w13, w2, shared=None):
     """experts_torch in two kernels, or from a few tokens up in four; without gradients. The products are summed in
     float32, the hidden activations kept in x's dtype; the same bits every time."""
-    (N, D), K, (E, _, F_) = x.shape, indices.shape[1], w2.shape
-    shared13, shared2 = shared or (w13, w2)                                                # not read where S is 0
+    (N, D), K, (E, _, F_), power = x.shape, indices.shape[1], w2.shape, triton.next_power_of_2
+    shared13, shared2 = shared or (w13, w2)                                                    # unread where S is 0
     S = shared2.shape[1] // F_ if shared else 0
     R = N * (K + S)
-    hidden = x.new_empty(R, F_)
-    power = triton.next_power_of_2
-    if N <= ROWS_BY_ROW:
+    x, hidden = x.contiguous(), x.new_empty(R, F_)
+    if N <= 8:                                # as many rows seldom share an expert, and two kernels start sooner
         out = torch.empty_like(x)
         row_hidden_kernel[R, triton.cdiv(F_, 8)](x, indices, weights, w13, shared13, hidden, D, F_, E, K, S,
-                                                 BLOCK_F=8, BLOCK_D=min(1024, power(D)), num_warps=4)
+                                                 BLOCK_F=8, BLOCK_D=min(1024, power(D)), num_warps=8)
         row_sum_kernel[N, triton.cdiv(D, 4)](hidden, indices, w2, shared2, out, D, F_, E, K, S,
                                              BLOCK_D=4, BLOCK_F=min(512, power(F_)), num_warps=4)
         return out
     order, starts, counts = torch.empty(R + 2 * (E + S), dtype=torch.int32, device=x.device).split([R, E + S, E + S])
     sort_kernel[E + S,](indices, order, starts, counts, R, E, K, S, BLOCK=power(R), num_warps=4)
+    BLOCK_R, out = 16 if N <= 16 else 32, x.new_empty(R, D)
     tile_hidden_kernel[E + S, triton.cdiv(F_, 32)](
         x, order, starts, counts, weights, w13, shared13, hidden, D, F_, E, K, S,
-        BLOCK_R=16, BLOCK_F=32, BLOCK_D=min(128, max(power(D), 16)), num_warps=4, num_stages=4)
-    out = x.new_empty(R, D)
-    tile_out_kernel[E + S, triton.cdiv(D, 32)](
+        BLOCK_R, BLOCK_F=32, BLOCK_D=min(128, max(16, power(D))), num_warps=4, num_stages=4)
+    tile_out_kernel[E + S, triton.cdiv(D, 64)](
         hidden, order, starts, counts, w2, shared2, out, D, F_, E, S,
-        BLOCK_R=16, BLOCK_D=32, BLOCK_F=min(128, max(power(F_), 16)), num_warps=4, num_stages=4)
+        BLOCK_R, BLOCK_D=64, BLOCK_F=min(128, max(16, power(F_))), num_warps=4, num_stages=3)
     return out.view(N, K + S, D).sum(1)
+
+
+def experts(x, indices, weights, w13, w2, shared=None):
+    pick = experts_triton if backend.use_decode_kernels(x, MAX_TOKENS) else experts_torch
+    return pick(x, indices, weights, w13, w2, shared)
 
 
 # --- the layers: a dense FFN and a mixture, in the same three parts ---------------------------------------------------
@@ -514,9 +518,10 @@ class MoE(nn.Module):
         self.shared = FFN(D, c.n_shared_experts * F_) if c.n_shared_experts else None
 
     def dispatch(self, x):
-        """x [B, T, D] -> rows [R, D], Sent. Of few tokens there are no rows (None): the experts take them as they are."""
+        """x [B, T, D] -> rows [R, D], Sent. Few tokens stay where they are, and there are no rows (None)."""
         routing = self.gate(x)
-        if backend.use_decode_kernels(x) and len(routing.indices) <= MAX_TOKENS:
+        copied = routing.indices.numel() * (self.w13[0].numel() + self.w2[0].numel())
+        if backend.use_decode_kernels(x, MAX_TOKENS) or backend.use_copied_experts(x, copied):
             return None, Sent(routing)
         order, inverse = sort_rows(routing.indices)
         return Dispatch.apply(x.flatten(0, 1), order, inverse, self.K), Sent(routing, order, inverse)
@@ -524,9 +529,9 @@ class MoE(nn.Module):
     def experts(self, x, rows, sent):
         """The shared experts on the tokens [B, T, D], and each row [R, D] through its expert, times its gate weight."""
         if rows is None:
-            shared = self.shared and (self.shared.w13.weight, self.shared.w2.weight)
-            routing = sent.routing
-            return experts_triton(x.flatten(0, 1), routing.indices, routing.weights, self.w13, self.w2, shared).view_as(x), None
+            shared = (self.shared.w13.weight, self.shared.w2.weight) if self.shared else None
+            out = experts(x.flatten(0, 1), sent.routing.indices, sent.routing.weights, self.w13, self.w2, shared)
+            return out.view_as(x), None
         here = self.shared(x) if self.shared else 0
         weight = sent.routing.weights.flatten().index_select(0, sent.order).to(rows.dtype)     # [R]
         hidden = SwiGLU.apply(grouped_linear(rows, self.w13, sent.routing.load)) * weight[:, None]       # [R, F]

@@ -3,6 +3,7 @@
     tiny        the default job: python train.py config/tiny.py, as a user runs it
     char        time to nanoGPT's final loss: python bench.py char --data=FILE --nanogpt=CLONE
     ablations   MTP, balancing, dense against a mixture, on char: python bench.py ablations --data=FILE
+    decode      tokens/s of generation, against what the memory's bandwidth allows (needs a GPU)
     readme      put the results into the README's marked places, and draw its figure (needs matplotlib)
 
 Every section runs the commands that a user would run, each in a process of its own, and records the device, the
@@ -26,7 +27,9 @@ import torch
 
 import configs
 from configs import UserError
+from model import V3
 from parallel import write_atomic
+from sample import cast, generate
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
@@ -47,7 +50,8 @@ def record(section, command, **numbers):
     where = {"command": command, "date": datetime.date.today().isoformat(), "python": platform.python_version(),
              "torch": torch.__version__, "cpu": f"{processor()}, {os.cpu_count()} cores",
              "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None}
-    numbers["data"]["source"] = Path(numbers["data"]["source"]).name                # not where it lies on this machine
+    if "data" in numbers:
+        numbers["data"]["source"] = Path(numbers["data"]["source"]).name            # not where it lies on this machine
     RESULTS.mkdir(exist_ok=True)
     write_atomic(RESULTS / f"{section}.json", json.dumps({**where, **numbers}, indent=1) + "\n")
     print(f"wrote results/{section}.json")
@@ -224,6 +228,60 @@ def ablations(options):
     record("ablations", f"python bench.py ablations --data={Path(data).name}", data=state["data"], variants=out)
 
 
+# --- decode: generation on a GPU --------------------------------------------------------------------------------------
+
+def copy_rate():
+    """Bytes per second, read and written, of a copy on this GPU: what a kernel that waits for memory could reach."""
+    source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+    target, times = torch.empty_like(source), []
+    for _ in range(200):                                       # the first ones find the memory's clock asleep
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        target.copy_(source)
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) / 1000)
+    return 2 * len(source) / statistics.median(times[100:])
+
+
+def bytes_per_step(v3, batch, length):
+    """Bytes that a decode step of `batch` rows has to read: the weights that work, of the experts those that somebody
+    chose when all are chosen equally often, and `length` cached tokens a row."""
+    c = v3.config
+    idle = (1 - c.n_activated_experts / c.n_routed_experts) ** batch                       # share of experts
+    sizes = {name: p.numel() * p.element_size() * (1 - idle if p.ndim == 3 else 1) for name, p in v3.named_parameters()}
+    return sum(sizes.values()) - sizes["embed.weight"] + batch * length * v3.cache(1, 1).bytes_per_token
+
+
+def generation(batches=(1, 64), prompt=64, short=64, long=576):
+    """Greedy tokens/s of configs/bench_1b.py with random weights. Two lengths are generated and their difference
+    counted, so that prompts and preparations fall out; of three such pairs the median."""
+    config, rate, out = configs.load(["configs/bench_1b.py"]), copy_rate(), []
+    with torch.device("cuda"):
+        v3 = cast(V3(config)).eval()
+    for batch in batches:
+        prompts, times = torch.randint(config.vocab_size, (batch, prompt)).tolist(), {short: [], long: []}
+        for _ in range(4):
+            for tokens, runs in times.items():
+                began = time.perf_counter()
+                generate(v3, prompts, tokens, temperature=0)
+                runs.append(time.perf_counter() - began)
+        _, *pairs = zip(*times.values())                                                   # the first compiles kernels
+        per_step = statistics.median(more - less for less, more in pairs) / (long - short)
+        needed = bytes_per_step(v3, batch, prompt + (short + long) / 2)
+        out.append({"batch": batch, "tokens_per_s": batch / per_step, "limit_tokens_per_s": batch * rate / needed,
+                    "bytes_per_step": needed, "copy_bytes_per_s": rate})
+        print("batch {batch}: {tokens_per_s:,.0f} tokens/s; reading {bytes_per_step:.3g} bytes a step allows "
+              "{limit_tokens_per_s:,.0f}".format(**out[-1]), flush=True)
+    return out
+
+
+def decode(options):
+    if not torch.cuda.is_available():
+        raise UserError("bench.py decode: needs a CUDA GPU, and torch finds none")
+    record("decode", "python bench.py decode", generation=generation())
+
+
 # --- the README -------------------------------------------------------------------------------------------------------
 
 def load(section):
@@ -305,7 +363,7 @@ def readme(options):
     figure.savefig(RESULTS / "tiny.png", dpi=110)
 
 
-SECTIONS = {"tiny": tiny, "char": char, "ablations": ablations, "readme": readme}
+SECTIONS = {"tiny": tiny, "char": char, "ablations": ablations, "decode": decode, "readme": readme}
 
 
 def main(argv):

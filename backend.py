@@ -79,6 +79,22 @@ def use_grouped_mm(x):
     return x.is_cuda and x.dtype == torch.bfloat16
 
 
+def use_graph(config, x):
+    """Decoding as a CUDA graph: where no operation of a step waits for the host, which the loop over experts does."""
+    return x.is_cuda and config.precision == "bf16"
+
+
+def free_memory(device):
+    """Bytes that are free, on the GPU or in this machine; None where we can't tell."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo", encoding="utf-8") as f:
+            return next(int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):                                                       # not Linux
+        return None
+
+
 def table(device, precision):
     """[(mechanism, path taken, why)] for the start-up table."""
     gpu = device.type == "cuda"

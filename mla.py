@@ -62,6 +62,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x):
         high = torch.promote_types(x.dtype, torch.float32)
+        if not torch.is_grad_enabled():                        # one operation where nobody wants a gradient
+            return F.rms_norm(x.to(high), self.weight.shape, self.weight.to(high), self.eps).to(x.dtype)
         return Normalize.apply(x.to(high), self.weight.to(high), self.eps).to(x.dtype)
 
 
@@ -112,13 +114,18 @@ class LatentCache:
 
     The buffer is allocated once for `capacity` tokens a row, so a new token costs the write of its own latents and
     never a copy of the old ones. `lengths` [B] counts the tokens each row has kept; what lies beyond it is overwritten
-    later. Raises ValueError when a row would grow past the capacity.
+    later. That makes forgetting cheap: the tokens that a forward pass wrote and `advance` did not count are gone, and
+    advancing by a negative count takes back more. Raises ValueError when a row would grow past the capacity.
+
+    The host keeps two numbers about the lengths, so that no layer waits for the device: how long the longest row is,
+    and whether all are equally long. A CUDA graph is replayed without the host: once `static` is set, positions come
+    from the device's lengths alone, attention is given the whole buffer, and the capacity is no longer checked.
     """
 
     def __init__(self, layers, batch, capacity, width, device=None, dtype=torch.float32):
         self.latents = torch.zeros(layers, batch, capacity, width, device=device, dtype=dtype)
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
-        self.capacity, self.longest = capacity, 0                # longest row, on the host: no device sync to check it
+        self.capacity, self.longest, self.even, self.static = capacity, 0, True, False
 
     @property
     def bytes_per_token(self):
@@ -126,36 +133,49 @@ class LatentCache:
         return layers * width * self.latents.element_size()
 
     def positions(self, tokens):
-        """Positions [B, T] of the next `tokens` tokens of every row."""
-        if self.longest + tokens > self.capacity:
+        """Positions of the next `tokens` tokens of every row: [T] where all rows are equally long, else [B, T]."""
+        if not self.static and self.longest + tokens > self.capacity:
             raise ValueError(f"latent cache of {self.capacity} tokens is full: {self.longest} are held and {tokens} "
                              f"more were given; ask for a larger capacity or a shorter prompt")
+        if self.even and not self.static:
+            return torch.arange(self.longest, self.longest + tokens, device=self.lengths.device)
         return self.lengths[:, None] + torch.arange(tokens, device=self.lengths.device)
 
     def write(self, layer, positions, latent):
-        """Put latent [B, T, r_kv + d_r] at `positions` [B, T]; returns all latents so far [B, S, r_kv + d_r]."""
-        rows = torch.arange(len(latent), device=latent.device)[:, None]
-        self.latents[layer][rows, positions] = latent
-        return self.latents[layer][:, :self.longest + latent.shape[1]]
+        """Put latent [B, T, r_kv + d_r] at `positions` [T] or [B, T]; returns the latents up to the longest row's last
+        [B, S, r_kv + d_r]; what is beyond a row's own positions is not of its text."""
+        latents, end = self.latents[layer], self.longest + latent.shape[1]
+        if positions.ndim == 1:
+            latents[:, self.longest:end] = latent
+        else:
+            latents[torch.arange(len(latent), device=latent.device)[:, None], positions] = latent
+        return latents if self.static else latents[:, :end]
 
     def advance(self, counts):
-        """Keep the first counts[b] of the tokens just written to row b: int or int64 [B] (fewer where a row was
-        padded)."""
+        """Keep the first counts[b] of the tokens just written to row b: int, or int64 [B] where rows differ (the host
+        then reads the lengths, unless static)."""
         self.lengths += counts
-        self.longest = int(self.lengths.max()) if torch.is_tensor(counts) else self.longest + counts
+        if torch.is_tensor(counts) and not self.static:
+            lengths = self.lengths.tolist()
+            self.longest, self.even = max(lengths), min(lengths) == max(lengths)
+        elif not self.static:
+            self.longest += counts
 
 
 # --- attention --------------------------------------------------------------------------------------------------------
 
 def attention_naive(q_nope, q_rope, k_nope, k_rope, v, scale):
-    """Causal attention with keys and values made for every head (eq 10).
+    """Causal attention with keys and values made for every head (eq 10); the queries are the last T of S tokens.
 
-    q_nope, k_nope [B, T, H, d_n]; q_rope [B, T, H, d_r]; k_rope [B, T, 1, d_r]; v [B, T, H, d_v] -> [B, T, H, d_v]
+    q_nope [B, T, H, d_n]; q_rope [B, T, H, d_r]; k_nope [B, S, H, d_n]; k_rope [B, S, 1, d_r]; v [B, S, H, d_v]
+    -> [B, T, H, d_v]
     """
+    T, S = q_nope.shape[1], k_nope.shape[1]
     q = torch.cat([q_nope, q_rope], -1)                                                       # [B, T, H, d_n + d_r]
-    k = torch.cat([k_nope, k_rope.expand_as(q_rope)], -1)
-    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True,
-                                         scale=scale)                                         # [B, H, T, d_v]
+    k = torch.cat([k_nope, k_rope.expand(-1, -1, q.shape[2], -1)], -1)                        # [B, S, H, d_n + d_r]
+    past = None if T == S else torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=past,
+                                         is_causal=past is None, scale=scale)                 # [B, H, T, d_v]
     return out.transpose(1, 2)
 
 
@@ -174,7 +194,7 @@ def attention_absorbed(q_latent, q_rope, latents, positions, scale):
 
 class MLA(nn.Module):
     """The attention layer: x [B, T, D] -> [B, T, D], from a Config. Without a cache: naive, causal from position 0.
-    With a LatentCache: absorbed, after the tokens it holds (or naive for the first ones, when it is empty)."""
+    With a LatentCache: after the tokens it holds, in the cheaper form."""
 
     def __init__(self, c):
         super().__init__()
@@ -194,7 +214,7 @@ class MLA(nn.Module):
 
     def forward(self, x, rope, cache=None, layer=0, positions=None):
         """rope: rows of rope_table for these tokens, [T, d_r/2] or [B, T, d_r/2]. With a cache: its `layer` to write,
-        and the `positions` [B, T] that it gave for these tokens."""
+        and the `positions` [T] or [B, T] that it gave for these tokens."""
         q = self.wq_b(self.q_norm(self.wq_a(x))) if hasattr(self, "wq_a") else self.wq(x)
         q_nope, q_rope = q.unflatten(-1, (self.H, -1)).split([self.d_n, self.d_r], -1)        # [B, T, H, d_n], d_r
         q_rope = apply_rope(q_rope, rope)
@@ -202,13 +222,22 @@ class MLA(nn.Module):
         c_kv = self.kv_norm(c_kv)
         k_rope = apply_rope(k_rope.unsqueeze(-2), rope)                                       # [B, T, 1, d_r]
         if cache is not None:
-            latents = cache.write(layer, positions, torch.cat([c_kv, k_rope.squeeze(-2)], -1))
-        if cache is None or not cache.longest:
-            k_nope, v = self.wkv_b(c_kv).unflatten(-1, (self.H, -1)).split([self.d_n, self.d_v], -1)
-            out = attention_naive(q_nope, q_rope, k_nope, k_rope, v, self.scale)              # [B, T, H, d_v]
-        else:
-            out = self.absorbed(q_nope, q_rope, latents, positions)
-        return self.wo(out.flatten(-2))
+            latents = cache.write(layer, positions, torch.cat([c_kv, k_rope.squeeze(-2)], -1))     # [B, S, r_kv + d_r]
+            T, S = x.shape[1], latents.shape[1]
+            if positions.ndim == 2 or S > T and not self.naive_is_cheaper(T, S):
+                out = self.absorbed(q_nope, q_rope, latents, positions.expand(len(x), T))
+                return self.wo(out.flatten(-2))
+            if S > T:                                         # a later piece of a prompt: keys and values of all before
+                c_kv, k_rope = latents.unsqueeze(-2).split([self.r_kv, self.d_r], -1)
+                c_kv = c_kv.squeeze(-2)
+        k_nope, v = self.wkv_b(c_kv).unflatten(-1, (self.H, -1)).split([self.d_n, self.d_v], -1)
+        return self.wo(attention_naive(q_nope, q_rope, k_nope, k_rope, v, self.scale).flatten(-2))
+
+    def naive_is_cheaper(self, queries, keys):
+        """Which form multiplies less, per head: naive makes k_nope and v of every key, absorbed moves every query to
+        latent space and its result back, and then works on wider vectors."""
+        up, naive, absorbed = self.r_kv * (self.d_n + self.d_v), self.d_n + self.d_r + self.d_v, 2 * self.r_kv + self.d_r
+        return keys * (up + queries * naive) < queries * (up + keys * absorbed)
 
     def absorbed(self, q_nope, q_rope, latents, positions):
         """W_uk moved onto the query, W_uv onto the output: [B, T, H, d_v]."""

@@ -274,7 +274,7 @@ def test_the_middle_is_printed_between_prompt_and_suffix(run, command):
 def test_streamed_text_grows_by_whole_characters(run, command, capsys, monkeypatch):
     shown = []
 
-    def generate(v3, prompts, max_tokens, *sampling):
+    def generate(v3, prompts, max_tokens, *sampling, **drafting):
         for token in BYTES.encode_ordinary(TEXT):
             sampling[-1](0, token)
             shown.append(capsys.readouterr().out)

@@ -3,6 +3,8 @@
     tiny        the default job: python train.py config/tiny.py, as a user runs it
     char        time to nanoGPT's final loss: python bench.py char --data=FILE --nanogpt=CLONE
     ablations   MTP, balancing, dense against a mixture, on char: python bench.py ablations --data=FILE
+    speculation drafted against plain generation (sample.py --speculate), on held-out text; --out_dir=RUN takes a run
+                that is there, of a context of 256 tokens, in place of training one
     readme      put the results into the README's marked places, and draw its figure (needs matplotlib)
 
 Every section runs the commands that a user would run, each in a process of its own, and records the device, the
@@ -19,13 +21,17 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
+import backend
 import configs
+import sample
 from configs import UserError
+from data import documents, split
 from parallel import write_atomic
 
 HERE = Path(__file__).resolve().parent
@@ -218,6 +224,78 @@ def ablations(options):
     record("ablations", "python bench.py ablations --data=FILE", data=state["data"], variants=out)
 
 
+# --- speculation ------------------------------------------------------------------------------------------------------
+
+@torch.inference_mode()
+def parts_of_a_step(v3, prompt, drafts, repeats=48):
+    """Median milliseconds of a plain step, and of the two parts of a speculative one: the main model's forward pass
+    over the newest token and the drafts, and the drafting."""
+    def part(drafts, step):
+        batch = sample.Batch(v3, [prompt], repeats + 2, (0,), None, drafts)
+        batch.prefill()
+        h = v3.hidden(batch.tokens, batch.cache)[0]
+        kept = batch.tokens.clone(), torch.ones_like(batch.lengths)                      # a step's tokens: one stands
+        call = lambda: step(batch, h, *kept)
+        return batch.graph(call) if backend.use_graph(v3.config, batch.tokens) else call
+
+    calls = {"plain": part(0, lambda batch, *_: batch.step()),
+             "main": part(drafts, lambda batch, *_: v3.logits(v3.hidden(batch.tokens, batch.cache)[0]).argmax(-1)),
+             "draft": part(drafts, lambda batch, *kept: batch.draft(*kept))}
+    times = {name: [] for name in calls}
+    for _ in range(repeats):
+        for name, call in calls.items():                       # in turn: what disturbs the machine disturbs all
+            began = time.perf_counter()
+            call()
+            if v3.embed.weight.is_cuda:
+                torch.cuda.synchronize()
+            times[name].append(1e3 * (time.perf_counter() - began))
+    return {name: statistics.median(t) for name, t in times.items()}
+
+
+def speculation(options):
+    """The first 64 bytes of each of 50 held-out documents and the 128 tokens behind them, greedily, one by one."""
+    with tempfile.TemporaryDirectory() as folder:
+        out_dir = options.get("out_dir", f"{folder}/run")
+        if "out_dir" not in options:                           # twice the default's context, for as many tokens a step
+            train("configs/tiny.py", "--seq_len=256", "--batch_size=16", "--micro_batch_size=16", f"--out_dir={out_dir}")
+        v3, tokenizer, _ = sample.load(out_dir)
+        state = json.loads((sample.look(out_dir)[0] / "state.json").read_text())
+    if not v3.mtp:
+        raise UserError(f"bench.py speculation: the model in {out_dir} has no MTP module to draft with (n_mtp is 0)")
+    _, held_out = split(documents(v3.config.data))
+    texts = [text for _, text in held_out[::max(1, len(held_out) // 50)]][:50]
+    prompts = [sample.encode(tokenizer, text.encode()[:64].decode(errors="ignore")) for text in texts]
+    if sample.room(v3.config, prompts) < 128:
+        raise UserError(f"bench.py speculation: the context of {out_dir}, {v3.config.context} tokens, is too short for a "
+                        f"prompt and 128 more; train with --seq_len=256")
+    if v3.embed.weight.device.type == "cpu":
+        torch.set_num_threads(1)                                                           # as sample.py does
+
+    def continued(prompt, drafts):
+        tally, began = Counter(), time.perf_counter()
+        (tokens,) = sample.generate(v3, [prompt], 128, temperature=0, drafts=drafts, tally=tally)
+        return tokens, time.perf_counter() - began, tally
+
+    most = 4
+    for drafts in range(most + 1):
+        continued(prompts[0], drafts)                                                      # warm
+    rows = [[continued(prompt, drafts) for drafts in range(most + 1)] for prompt in prompts]
+    tokens, plain = sum(len(row[0][0]) for row in rows), sum(row[0][1] for row in rows)
+    modes = []
+    for drafts in range(1, most + 1):
+        seconds, tally = sum(row[drafts][1] for row in rows), sum((row[drafts][2] for row in rows), Counter())
+        accepted, ms = tally["accepted"] / tally["forwards"], parts_of_a_step(v3, prompts[0], drafts)
+        modes.append({"drafts": drafts, "identical": sum(row[drafts][0] == row[0][0] for row in rows),
+                      "acceptance": accepted / drafts, "tokens_per_forward": 1 + accepted, "milliseconds": ms,
+                      "draft_over_plain": ms["draft"] / ms["plain"], "tokens_per_s": tokens / seconds,
+                      "speedup": plain / seconds,
+                      "of_ideal": plain / seconds / ((1 + accepted) / (1 + ms["draft"] / ms["plain"]))})
+        print(modes[-1], flush=True)
+    record("speculation", "python bench.py speculation", prompts=len(prompts), tokens=tokens,
+           config={"dim": v3.config.dim, "n_layers": v3.config.n_layers, "precision": v3.config.precision,
+                   "steps": state["step"]}, plain_tokens_per_s=tokens / plain, modes=modes, data=state["data"])
+
+
 # --- the README -------------------------------------------------------------------------------------------------------
 
 def load(section):
@@ -299,7 +377,8 @@ def readme(options):
     figure.savefig(RESULTS / "tiny.png", dpi=110)
 
 
-SECTIONS = {"tiny": tiny, "char": char, "ablations": ablations, "readme": readme}
+SECTIONS = {"tiny": tiny, "char": char, "ablations": ablations, "speculation": speculation,
+            "readme": readme}
 
 
 def main(argv):
@@ -311,8 +390,8 @@ def main(argv):
     options = {}
     for arg in argv[1:]:
         key, equals, value = arg.removeprefix("--").partition("=")
-        if not arg.startswith("--") or not equals or key not in ("data", "nanogpt", "seeds", "repeats"):
-            raise UserError(f"{arg}: options are --data=FILE --nanogpt=DIR --seeds=N --repeats=N")
+        if not arg.startswith("--") or not equals or key not in ("data", "nanogpt", "out_dir", "seeds", "repeats"):
+            raise UserError(f"{arg}: options are --data=FILE --nanogpt=DIR --out_dir=RUN --seeds=N --repeats=N")
         if key in ("seeds", "repeats") and not (value.isdigit() and int(value)):
             raise UserError(f"{arg}: a whole number from 1 up")
         options[key] = value

@@ -26,12 +26,20 @@ value). RoPE is interleaved as in the released checkpoints: pairs (x0, x1), (x2,
 Simplified against V3: nothing in the mathematics. The attention itself is torch's scaled_dot_product_attention.
 """
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+import backend
 from fp8 import Linear
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:                                            # macOS, Windows: the torch forms are all there is
+    triton = None
 
 
 class Normalize(torch.autograd.Function):
@@ -106,24 +114,64 @@ def apply_rope(x, rope):
 
 # --- the cache --------------------------------------------------------------------------------------------------------
 
+class Fp8Latents(NamedTuple):
+    """Latents [..., r_kv + d_r] in 656 bytes instead of 1152 (V3's dims): c_kv in E4M3, each 1x128 tile of a token with
+    a scale of its own, as activations in section 3.3; the rotated key, whose channels differ too much in size to share
+    one, stays in BF16."""
+    c_kv: torch.Tensor                                                                       # float8_e4m3fn [..., r_kv]
+    scale: torch.Tensor                                                                      # float32 [..., tiles]
+    k_rope: torch.Tensor                                                                     # bfloat16 [..., d_r]
+
+
+def tiles(r_kv):
+    """Tiles per token of an FP8 latent: one per 128 channels, or one in all where 128 doesn't divide them."""
+    return r_kv // 128 if r_kv % 128 == 0 else 1
+
+
+def quantize(latent, d_r):
+    """[..., r_kv + d_r] -> Fp8Latents. A tile's scale is its largest value / 448, E4M3's largest (at least 1e-10 / 448:
+    a tile of zeros stays zeros)."""
+    c_kv, k_rope = latent.split([latent.shape[-1] - d_r, d_r], -1)
+    c_kv = c_kv.float().unflatten(-1, (tiles(c_kv.shape[-1]), -1))                             # [..., tiles, 128]
+    scale = c_kv.abs().amax(-1).clamp_min(1e-10) / 448
+    c_kv = (c_kv / scale.unsqueeze(-1)).flatten(-2).to(torch.float8_e4m3fn)                    # [..., r_kv]
+    return Fp8Latents(c_kv, scale, k_rope.to(torch.bfloat16))
+
+
+def dequantize(latents, dtype):
+    """Fp8Latents -> [..., r_kv + d_r] in dtype."""
+    c_kv = latents.c_kv.float().unflatten(-1, (latents.scale.shape[-1], -1)) * latents.scale.unsqueeze(-1)
+    return torch.cat([c_kv.flatten(-2).to(dtype), latents.k_rope.to(dtype)], -1)
+
+
 class LatentCache:
     """What attention remembers of each token: [c_kv ; k_rope], r_kv + d_r numbers per layer (eq 1-3), for B sequences
     of different lengths.
 
     The buffer is allocated once for `capacity` tokens a row, so a new token costs the write of its own latents and
     never a copy of the old ones. `lengths` [B] counts the tokens each row has kept; what lies beyond it is overwritten
-    later. Raises ValueError when a row would grow past the capacity.
+    later, so a rejected draft is forgotten by not counting it. dtype float8_e4m3fn: Fp8Latents, of which the last d_r
+    of the width stay BF16. Raises ValueError when a row would grow past the capacity.
     """
 
-    def __init__(self, layers, batch, capacity, width, device=None, dtype=torch.float32):
-        self.latents = torch.zeros(layers, batch, capacity, width, device=device, dtype=dtype)
+    def __init__(self, layers, batch, capacity, width, device=None, dtype=torch.float32, d_r=0):
+        parts = [(width, dtype)]
+        if dtype == torch.float8_e4m3fn:
+            parts = [(width - d_r, dtype), (tiles(width - d_r), torch.float32), (d_r, torch.bfloat16)]
+        self.buffers = [torch.zeros(layers, batch, capacity, n, device=device, dtype=kind) for n, kind in parts]
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
-        self.capacity, self.longest = capacity, 0                # longest row, on the host: no device sync to check it
+        self.capacity, self.d_r = capacity, d_r
+        # No row is longer, on the host: no device sync to check it. A caller who knows it better may lower it.
+        self.longest = 0
+
+    @property
+    def latents(self):
+        """[layers, B, capacity, r_kv + d_r], or Fp8Latents of that."""
+        return Fp8Latents(*self.buffers) if len(self.buffers) > 1 else self.buffers[0]
 
     @property
     def bytes_per_token(self):
-        layers, _, _, width = self.latents.shape
-        return layers * width * self.latents.element_size()
+        return sum(b.shape[0] * b.shape[-1] * b.element_size() for b in self.buffers)
 
     def positions(self, tokens):
         """Positions [B, T] of the next `tokens` tokens of every row."""
@@ -133,16 +181,31 @@ class LatentCache:
         return self.lengths[:, None] + torch.arange(tokens, device=self.lengths.device)
 
     def write(self, layer, positions, latent):
-        """Put latent [B, T, r_kv + d_r] at `positions` [B, T]; returns all latents so far [B, S, r_kv + d_r]."""
+        """Put latent [B, T, r_kv + d_r] at `positions` [B, T]; returns the latents so far [B, S, r_kv + d_r] (or
+        Fp8Latents).
+
+        On a GPU that is the whole buffer: it costs the kernel nothing, which stops at each row's own length, and a CUDA
+        graph wants the same shape at every step.
+        """
         rows = torch.arange(len(latent), device=latent.device)[:, None]
-        self.latents[layer][rows, positions] = latent
-        return self.latents[layer][:, :self.longest + latent.shape[1]]
+        parts = quantize(latent, self.d_r) if len(self.buffers) > 1 else [latent]
+        for buffer, part in zip(self.buffers, parts):
+            buffer[layer][rows, positions] = part
+        S = self.capacity if latent.is_cuda else self.longest + latent.shape[1]
+        seen = [buffer[layer][:, :S] for buffer in self.buffers]
+        return Fp8Latents(*seen) if len(seen) > 1 else seen[0]
 
     def advance(self, counts):
-        """Keep the first counts[b] of the tokens just written to row b: int or int64 [B] (fewer where a row was
-        padded)."""
-        self.lengths += counts
-        self.longest = int(self.lengths.max()) if torch.is_tensor(counts) else self.longest + counts
+        """Keep the first counts[b] of the tokens just written to row b, fewer where a row was padded or a draft
+        rejected. counts: an int, or a list of B ints, neither of which waits for the device (after lists `longest` is
+        an upper bound); or int64 [B] on the device, which is read back."""
+        if torch.is_tensor(counts):
+            self.lengths += counts
+            self.longest = int(self.lengths.max())
+        else:
+            each = [counts] if isinstance(counts, int) else counts
+            self.lengths += torch.tensor(each).to(self.lengths.device, non_blocking=True)
+            self.longest += max(each)
 
 
 # --- attention --------------------------------------------------------------------------------------------------------
@@ -159,18 +222,138 @@ def attention_naive(q_nope, q_rope, k_nope, k_rope, v, scale):
     return out.transpose(1, 2)
 
 
-def attention_absorbed(q_latent, q_rope, latents, positions, scale):
+# --- attention over the cache -----------------------------------------------------------------------------------------
+
+def decode_torch(q_latent, q_rope, latents, positions, scale):
     """Attention over the cache itself: one key of r_kv + d_r dims for all heads; its first r_kv dims are the value.
 
-    q_latent [B, T, H, r_kv]; q_rope [B, T, H, d_r]; latents [B, S, r_kv + d_r]; positions [B, T] of the queries: query
-    t of row b sees keys 0..positions[b, t]. Softmax in float32 or better. -> [B, T, H, r_kv]
+    q_latent [B, T, H, r_kv]; q_rope [B, T, H, d_r]; latents [B, S, r_kv + d_r] or Fp8Latents; positions int64 [B, T] of
+    the queries, ascending in T: query t of row b sees keys 0..positions[b, t]. Softmax in float32 or better.
+    -> [B, T, H, r_kv]
     """
     r_kv = q_latent.shape[-1]
+    if isinstance(latents, Fp8Latents):
+        latents = dequantize(latents, q_latent.dtype)
     scores = torch.einsum("bthr,bsr->bths", torch.cat([q_latent, q_rope], -1), latents) * scale
     future = torch.arange(latents.shape[1], device=latents.device) > positions[..., None, None]        # [B, T, 1, S]
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32)).masked_fill(future, -math.inf)
     return torch.einsum("bths,bsr->bthr", scores.softmax(-1).to(latents.dtype), latents[..., :r_kv])
 
+
+if triton:
+    # The kernel's time is the cache's way through memory, so a tile of it is loaded once and multiplied twice: as keys
+    # by the queries, as values by the softmax. All T * H queries of a row read the same keys and together are the rows
+    # of both products. One row of the batch would keep one multiprocessor busy, so its keys are cut into `splits` equal
+    # shares, each with a softmax of its own, and a second kernel merges them. The shares are of the row's real length,
+    # which only the device knows: a short row costs little, and a captured CUDA graph stays right while rows grow.
+
+    @triton.jit
+    def share(positions, row, T, splits, BLOCK_S: tl.constexpr):
+        """(keys of a row, keys of each of its shares: whole blocks)."""
+        length = tl.load(positions + row * T + T - 1).to(tl.int32) + 1
+        return length, tl.cdiv(tl.cdiv(length, BLOCK_S), splits) * BLOCK_S
+
+    @triton.jit
+    def decode_kernel(q_latent, q_rope, c_kv, k_rope, tile_scale, positions, out, lse, scale, c_row, c_token, k_row,
+                      k_token, s_row, s_token, T, H, splits, R: tl.constexpr, D_R: tl.constexpr, TILES: tl.constexpr,
+                      BLOCK_Q: tl.constexpr, BLOCK_S: tl.constexpr, STAGES: tl.constexpr):
+        """Up to BLOCK_Q of a row's queries over one share of its keys -> out [splits, B, T, H, R] and lse, to the base
+        2, [splits, B, T, H]. scale: times log2(e). tile_scale: None, or the scales of an FP8 c_kv."""
+        block, split, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+        length, size = share(positions, row, T, splits, BLOCK_S)
+        start = split * size
+        end = tl.minimum(start + size, length)
+        if start < end:                                                 # else nothing is written, nor read by the merge
+            q, dims, turned = block * BLOCK_Q + tl.arange(0, BLOCK_Q), tl.arange(0, R), tl.arange(0, D_R)
+            there = q < T * H                                                                           # [BLOCK_Q]
+            at = row * T * H + q
+            query = tl.load(q_latent + at[:, None] * R + dims[None, :], mask=there[:, None], other=0.0)
+            query_rope = tl.load(q_rope + at[:, None] * D_R + turned[None, :], mask=there[:, None], other=0.0)
+            last = tl.load(positions + row * T + q // H, mask=there, other=0).to(tl.int32)   # the last key it sees
+            top = tl.full([BLOCK_Q], -1e30, tl.float32)                  # finite: -inf - -inf would be NaN
+            total = tl.zeros([BLOCK_Q], tl.float32)
+            acc = tl.zeros([BLOCK_Q, R], tl.float32)
+            c_kv += row * c_row
+            k_rope += row * k_row
+            for s in tl.range(start, end, BLOCK_S, num_stages=STAGES):
+                keys = s + tl.arange(0, BLOCK_S)
+                kept = (keys < end)[:, None]           # beyond it anything may lie, NaN too, and 0 * NaN is not 0
+                c = tl.load(c_kv + keys[:, None] * c_token + dims[None, :], mask=kept, other=0.0)       # [BLOCK_S, R]
+                k = tl.load(k_rope + keys[:, None] * k_token + turned[None, :], mask=kept, other=0.0)
+                if tile_scale is not None:
+                    k = k.to(query.dtype)
+                    cells = tile_scale + row * s_row + keys[:, None] * s_token + tl.arange(0, TILES)[None, :]
+                    cells = tl.load(cells, mask=kept, other=0.0)[:, :, None]
+                    c = tl.reshape(c.to(tl.float32), [BLOCK_S, TILES, R // TILES]) * cells
+                    c = tl.reshape(c, [BLOCK_S, R]).to(query.dtype)
+                scores = tl.dot(query, c.T, tl.dot(query_rope, k.T)) * scale                  # [BLOCK_Q, BLOCK_S]
+                scores = tl.where(keys[None, :] <= last[:, None], scores, float("-inf"))
+                high = tl.maximum(top, tl.max(scores, 1))
+                p, shrink = tl.exp2(scores - high[:, None]), tl.exp2(top - high)
+                total = total * shrink + tl.sum(p, 1)
+                acc = tl.dot(p.to(c.dtype), c, acc * shrink[:, None])
+                top = high
+            at += split * tl.num_programs(2) * T * H
+            seen = tl.where(total > 0, total, 1.0)                # a query of a draft may see no key of the last share
+            tl.store(out + at[:, None] * R + dims[None, :], acc / seen[:, None], mask=there[:, None])
+            tl.store(lse + at, tl.where(total > 0, top + tl.log2(seen), float("-inf")), mask=there)
+
+    @triton.jit
+    def merge_kernel(parts, lse, positions, out, T, H, splits, BLOCK_S: tl.constexpr, R: tl.constexpr,
+                     SPLITS: tl.constexpr, BLOCK_R: tl.constexpr):
+        """Softmaxes over shares -> softmax over all: weighted by exp(lse). One query, BLOCK_R of its dims."""
+        query, dims = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+        length, size = share(positions, query // (T * H), T, splits, BLOCK_S)
+        split = tl.arange(0, SPLITS)
+        used = split * size < length
+        at = split * tl.num_programs(0).to(tl.int64) + query
+        weight = tl.load(lse + at, mask=used, other=float("-inf"))
+        weight = tl.exp2(weight - tl.max(weight, 0))
+        part = tl.load(parts + at[:, None] * R + dims[None, :], mask=used[:, None], other=0.0)      # [SPLITS, BLOCK_R]
+        tl.store(out + query * R + dims, tl.sum(part * weight[:, None], 0) / tl.sum(weight, 0))
+
+
+def decode_triton(q_latent, q_rope, latents, positions, scale, splits=None):
+    """decode_torch in two kernels, without a host sync. latents may be a cache's whole buffer, strides and all: what
+    lies beyond a row's last position is never read. r_kv and d_r: powers of two, from 16 up. splits: shares of a row's
+    keys (None: as many as keep the GPU busy)."""
+    B, T, H, R = q_latent.shape
+    if isinstance(latents, Fp8Latents):
+        c_kv, tile_scale, k_rope = latents
+    else:
+        c_kv, tile_scale, k_rope = latents[..., :R], None, latents[..., R:]
+    # Few queries: tensor cores idle anyway, and two small programs on each multiprocessor keep more bytes on the way.
+    # Many: 64 rows are what Hopper's wide products take, and one program fills a multiprocessor's shared memory.
+    BLOCK_Q = 16 if T * H <= 16 else 32 if T * H <= 32 else 64
+    BLOCK_S, stages, warps, programs = (64, 2, 8, 1) if BLOCK_Q == 64 else (32, 3, BLOCK_Q // 4, 2)
+    blocks = triton.cdiv(T * H, BLOCK_Q)
+    if splits is None:
+        splits = min(backend.multiprocessors(q_latent.device) * programs // (blocks * B), c_kv.shape[1] // 128)
+        splits = max(splits, 1)
+    out = torch.empty_like(q_latent)
+    parts = torch.empty(splits, *out.shape, dtype=torch.float32, device=out.device) if splits > 1 else out
+    lse = torch.empty(splits, B, T, H, dtype=torch.float32, device=out.device)
+    s_strides = tile_scale.stride()[:2] if tile_scale is not None else (0, 0)
+    decode_kernel[blocks, splits, B](
+        q_latent.contiguous(), q_rope.contiguous(), c_kv, k_rope, tile_scale, positions.contiguous(), parts, lse,
+        scale * math.log2(math.e), *c_kv.stride()[:2], *k_rope.stride()[:2], *s_strides, T, H, splits, R=R,
+        D_R=q_rope.shape[-1], TILES=tiles(R), BLOCK_Q=BLOCK_Q, BLOCK_S=BLOCK_S, STAGES=stages, num_warps=warps)
+    if splits > 1:
+        SPLITS = triton.next_power_of_2(splits)
+        BLOCK_R = min(R, max(8192 // SPLITS, 16))
+        merge_kernel[B * T * H, R // BLOCK_R](parts, lse, positions.contiguous(), out, T, H, splits, BLOCK_S, R, SPLITS,
+                                              BLOCK_R)
+    return out
+
+
+def decode(q_latent, q_rope, latents, positions, scale):
+    """Attention over the cache, see decode_torch, by the path that backend.latent_decode names."""
+    path, _ = backend.latent_decode(q_latent.device, q_latent.dtype, q_latent.shape[-1], q_rope.shape[-1])
+    run = decode_triton if path == "Triton" else decode_torch
+    return run(q_latent, q_rope, latents, positions, scale)
+
+
+# --- the layer --------------------------------------------------------------------------------------------------------
 
 class MLA(nn.Module):
     """The attention layer: x [B, T, D] -> [B, T, D], from a Config. Without a cache: naive, causal from position 0.
@@ -215,5 +398,5 @@ class MLA(nn.Module):
         w_ukv = self.wkv_b.weight.to(q_nope.dtype).unflatten(0, (self.H, -1))                 # [H, d_n + d_v, r_kv]
         w_uk, w_uv = w_ukv.split([self.d_n, self.d_v], 1)
         q_latent = torch.einsum("bthn,hnr->bthr", q_nope, w_uk)
-        out = attention_absorbed(q_latent, q_rope, latents, positions, self.scale)            # [B, T, H, r_kv]
+        out = decode(q_latent, q_rope, latents, positions, self.scale)                        # [B, T, H, r_kv]
         return torch.einsum("bthr,hvr->bthv", out, w_uv)

@@ -253,15 +253,15 @@ class V3(nn.Module):
         blocks = [*self.layers, *(m.block for m in self.mtp)]
         return [b.ffn.gate for b in blocks if isinstance(b.ffn, MoE)]
 
-    def cache(self, batch, capacity):
-        """An empty LatentCache for `batch` sequences of up to `capacity` tokens. ValueError if that is beyond the
-        context."""
+    def cache(self, batch, capacity, fp8=False):
+        """An empty LatentCache for `batch` sequences of up to `capacity` tokens, with fp8 in 8 bits (mla.Fp8Latents).
+        ValueError if that is beyond the context."""
         c = self.config
         if capacity > c.context:
             raise ValueError(f"a cache of {capacity} tokens is more than the context of {c.context}")
         dtype = torch.bfloat16 if c.precision == "bf16" else self.embed.weight.dtype
-        width = c.kv_lora_rank + c.qk_rope_head_dim
-        return LatentCache(c.n_layers, batch, capacity, width, self.embed.weight.device, dtype)
+        dtype, width = torch.float8_e4m3fn if fp8 else dtype, c.kv_lora_rank + c.qk_rope_head_dim
+        return LatentCache(c.n_layers, batch, capacity, width, self.embed.weight.device, dtype, c.qk_rope_head_dim)
 
     @classmethod
     def from_hf(cls, folder, **changes):

@@ -38,6 +38,9 @@ from fp8 import Linear
 try:
     import triton
     import triton.language as tl
+    from triton.experimental import gluon
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.language.nvidia import hopper
 except ImportError:                                            # macOS, Windows: the torch forms are all there is
     triton = None
 
@@ -254,8 +257,8 @@ if triton:
         return length, tl.cdiv(tl.cdiv(length, BLOCK_S), splits) * BLOCK_S
 
     @triton.jit
-    def decode_kernel(q_latent, q_rope, c_kv, k_rope, tile_scale, positions, out, lse, scale, c_row, c_token, k_row,
-                      k_token, s_row, s_token, T, H, splits, R: tl.constexpr, D_R: tl.constexpr, TILES: tl.constexpr,
+    def decode_kernel(q_latent, q_rope, c_kv, k_rope, positions, out, lse, scale, T, H, splits, c_row, c_token, k_row,
+                      k_token, tile_scale, s_row, s_token, R: tl.constexpr, D_R: tl.constexpr, TILES: tl.constexpr,
                       BLOCK_Q: tl.constexpr, BLOCK_S: tl.constexpr, STAGES: tl.constexpr):
         """Up to BLOCK_Q of a row's queries over one share of its keys -> out [splits, B, T, H, R] and lse, to the base
         2, [splits, B, T, H]. scale: times log2(e). tile_scale: None, or the scales of an FP8 c_kv."""
@@ -298,6 +301,85 @@ if triton:
             tl.store(out + at[:, None] * R + dims[None, :], acc / seen[:, None], mask=there[:, None])
             tl.store(lse + at, tl.where(total > 0, top + tl.log2(seen), float("-inf")), mask=there)
 
+    # The same with more queries, where the products take longer than the loads and the compiler's own schedule leaves
+    # tensor cores idle: it lets both groups of four warps compute all the scores, and starts to load a tile when the
+    # one before is nearly done. Gluon is Triton with layouts and waits written by hand: here each group computes the
+    # scores of half the keys and the values of half the dims, and the next tile is on its way all the time.
+
+    @gluon.jit
+    def fetch(tile, base, start, end, stride, WIDTH: gl.constexpr):
+        """Start to copy 64 rows of base into shared memory, from `start` on; rows from `end` on become zeros."""
+        lanes: gl.constexpr = min(WIDTH // 8, 32)
+        layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // lanes, lanes], [8, 1], [1, 0])
+        rows, dims = start + gl.arange(0, 64, gl.SliceLayout(1, layout)), gl.arange(0, WIDTH, gl.SliceLayout(0, layout))
+        at = base + rows[:, None] * stride + dims[None, :]
+        hopper.async_copy.async_copy_global_to_shared(tile, at, mask=(rows < end)[:, None])
+
+    @gluon.jit
+    def wide_kernel(q_latent, q_rope, c_kv, k_rope, positions, out, lse, scale, T, H, splits, c_row, c_token, k_row,
+                    k_token, R: gl.constexpr, D_R: gl.constexpr):
+        """decode_kernel for 64 queries and tiles of 64 keys, with 8 warps; R from 128 to 512, D_R = 64."""
+        SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, 32, 16])
+        VALUES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, R // 2, 16])
+        SHARED: gl.constexpr = gl.NVMMASharedLayout(128, 16)
+        block, split, row = gl.program_id(0), gl.program_id(1), gl.program_id(2).to(gl.int64)
+        length = gl.load(positions + row * T + T - 1).to(gl.int32) + 1
+        size = ((length + 63) // 64 + splits - 1) // splits * 64
+        start = split * size
+        end = gl.minimum(start + size, length)
+        if start >= end:
+            return
+        c_kv += row * c_row
+        k_rope += row * k_row
+        query = gl.allocate_shared_memory(gl.bfloat16, [64, R], SHARED)
+        query_rope = gl.allocate_shared_memory(gl.bfloat16, [64, D_R], SHARED)
+        c = gl.allocate_shared_memory(gl.bfloat16, [2, 64, R], SHARED)                     # one in use, one on its way
+        k = gl.allocate_shared_memory(gl.bfloat16, [2, 64, D_R], SHARED)
+        weights = gl.allocate_shared_memory(gl.bfloat16, [64, 64], SHARED)
+        fetch(query, q_latent + row * T * H * R, block * 64, T * H, R, R)
+        fetch(query_rope, q_rope + row * T * H * D_R, block * 64, T * H, D_R, D_R)
+        fetch(c.index(0), c_kv, start, end, c_token, R)
+        fetch(k.index(0), k_rope, start, end, k_token, D_R)
+        hopper.async_copy.commit_group()
+
+        q = block * 64 + gl.arange(0, 64, gl.SliceLayout(1, SCORES))
+        there = q < T * H
+        last = gl.load(positions + row * T + q // H, mask=there, other=0).to(gl.int32)
+        top = gl.full([64], -1e30, gl.float32, gl.SliceLayout(1, SCORES))
+        total = gl.zeros([64, 64], gl.float32, SCORES)                              # summed over keys at the end, once
+        acc = hopper.warpgroup_mma_init(gl.zeros([64, R], gl.float32, VALUES))
+        for s in range(start, end, 64):
+            here = (s - start) // 64 % 2
+            acc = hopper.warpgroup_mma_wait(0, [acc])
+            hopper.async_copy.wait_group(0)                                     # the compiler puts a barrier after it
+            hopper.fence_async_shared()
+            scores = hopper.warpgroup_mma(query_rope, k.index(here).permute((1, 0)),
+                                          gl.zeros([64, 64], gl.float32, SCORES), use_acc=False, is_async=True)
+            scores = hopper.warpgroup_mma(query, c.index(here).permute((1, 0)), scores, is_async=True)
+            fetch(c.index(1 - here), c_kv, s + 64, end, c_token, R)             # while the tensor cores are at work
+            fetch(k.index(1 - here), k_rope, s + 64, end, k_token, D_R)
+            hopper.async_copy.commit_group()
+            scores = hopper.warpgroup_mma_wait(0, [scores]) * scale
+            keys = s + gl.arange(0, 64, gl.SliceLayout(0, SCORES))
+            scores = gl.where(keys[None, :] <= last[:, None], scores, float("-inf"))
+            high = gl.maximum(top, gl.max(scores, 1))
+            p, shrink = gl.exp2(scores - high[:, None]), gl.exp2(top - high)
+            total = total * shrink[:, None] + p
+            top = high
+            weights.store(p.to(gl.bfloat16))
+            hopper.fence_async_shared()
+            acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, VALUES))[:, None]
+            acc = hopper.warpgroup_mma(weights, c.index(here), acc, is_async=True)
+        acc = hopper.warpgroup_mma_wait(0, [acc])
+        hopper.async_copy.wait_group(0)
+        total = gl.sum(total, 1)
+        seen = gl.where(total > 0, total, 1.0)
+        at = (split * gl.num_programs(2) + row) * T * H
+        gl.store(lse + at + q, gl.where(total > 0, top + gl.log2(seen), float("-inf")), mask=there)
+        acc = acc / gl.convert_layout(seen, gl.SliceLayout(1, VALUES))[:, None]
+        q, dims = block * 64 + gl.arange(0, 64, gl.SliceLayout(1, VALUES)), gl.arange(0, R, gl.SliceLayout(0, VALUES))
+        gl.store(out + (at + q)[:, None] * R + dims[None, :], acc, mask=(q < T * H)[:, None])
+
     @triton.jit
     def merge_kernel(parts, lse, positions, out, T, H, splits, BLOCK_S: tl.constexpr, R: tl.constexpr,
                      SPLITS: tl.constexpr, BLOCK_R: tl.constexpr):
@@ -322,27 +404,30 @@ def decode_triton(q_latent, q_rope, latents, positions, scale, splits=None):
         c_kv, tile_scale, k_rope = latents
     else:
         c_kv, tile_scale, k_rope = latents[..., :R], None, latents[..., R:]
-    # Few queries: tensor cores idle anyway, and two small programs on each multiprocessor keep more bytes on the way.
-    # Many: 64 rows are what Hopper's wide products take, and one program fills a multiprocessor's shared memory.
-    BLOCK_Q = 16 if T * H <= 16 else 32 if T * H <= 32 else 64
-    BLOCK_S, stages, warps, programs = (64, 2, 8, 1) if BLOCK_Q == 64 else (32, 3, BLOCK_Q // 4, 2)
+    # Up to 16 queries: tensor cores idle anyway, and two small programs on each multiprocessor keep more bytes on the
+    # way. More: 64 are what Hopper's wide products take, and one program fills a multiprocessor's shared memory.
+    BLOCK_Q, BLOCK_S, stages, warps, programs = (16, 32, 3, 4, 2) if T * H <= 16 else (64, 64, 2, 8, 1)
+    wide = BLOCK_Q == 64 and q_latent.is_cuda and tile_scale is None and R >= 128 and q_rope.shape[-1] == 64
     blocks = triton.cdiv(T * H, BLOCK_Q)
     if splits is None:
         splits = min(backend.multiprocessors(q_latent.device) * programs // (blocks * B), c_kv.shape[1] // 128)
         splits = max(splits, 1)
-    out = torch.empty_like(q_latent)
+    out, positions = torch.empty(q_latent.shape, dtype=q_latent.dtype, device=q_latent.device), positions.contiguous()
     parts = torch.empty(splits, *out.shape, dtype=torch.float32, device=out.device) if splits > 1 else out
     lse = torch.empty(splits, B, T, H, dtype=torch.float32, device=out.device)
-    s_strides = tile_scale.stride()[:2] if tile_scale is not None else (0, 0)
-    decode_kernel[blocks, splits, B](
-        q_latent.contiguous(), q_rope.contiguous(), c_kv, k_rope, tile_scale, positions.contiguous(), parts, lse,
-        scale * math.log2(math.e), *c_kv.stride()[:2], *k_rope.stride()[:2], *s_strides, T, H, splits, R=R,
-        D_R=q_rope.shape[-1], TILES=tiles(R), BLOCK_Q=BLOCK_Q, BLOCK_S=BLOCK_S, STAGES=stages, num_warps=warps)
+    args = (q_latent.contiguous(), q_rope.contiguous(), c_kv, k_rope, positions, parts, lse, scale * math.log2(math.e),
+            T, H, splits, *c_kv.stride()[:2], *k_rope.stride()[:2])
+    dims = dict(R=R, D_R=q_rope.shape[-1])
+    if wide:
+        wide_kernel[blocks, splits, B](*args, **dims, num_warps=warps)
+    else:
+        s_strides = (0, 0) if tile_scale is None else tile_scale.stride()[:2]
+        decode_kernel[blocks, splits, B](*args, tile_scale, *s_strides, **dims, TILES=tiles(R), BLOCK_Q=BLOCK_Q,
+                                         BLOCK_S=BLOCK_S, STAGES=stages, num_warps=warps)
     if splits > 1:
         SPLITS = triton.next_power_of_2(splits)
         BLOCK_R = min(R, max(8192 // SPLITS, 16))
-        merge_kernel[B * T * H, R // BLOCK_R](parts, lse, positions.contiguous(), out, T, H, splits, BLOCK_S, R, SPLITS,
-                                              BLOCK_R)
+        merge_kernel[B * T * H, R // BLOCK_R](parts, lse, positions, out, T, H, splits, BLOCK_S, R, SPLITS, BLOCK_R)
     return out
 
 

@@ -37,7 +37,10 @@ def test_the_kernels_under_the_interpreter():
     assert run.returncode == 0 and " passed" in run.stdout, run.stdout + run.stderr
 
 
-def inputs(lengths, T, H, r_kv=64, d_r=16, capacity=None, beyond=math.nan):
+DIMS = (256, 64) if GPU else (64, 16)                      # r_kv, d_r
+
+
+def inputs(lengths, T, H, r_kv=DIMS[0], d_r=DIMS[1], capacity=None, beyond=math.nan):
     """q_latent, q_rope, the whole buffer of a cache of two layers' first layer, positions: rows of the given lengths,
     of which the T queries are the last. What lies beyond them is poison."""
     B, capacity = len(lengths), capacity or max(lengths) + 3
@@ -80,8 +83,9 @@ def test_queries_of_any_number_and_rows_of_any_length(T, H):
 @kernel
 @pytest.mark.parametrize("splits", [1, 2, 3, 7, 64])
 @pytest.mark.parametrize("lengths", [[1, 1], [4], [65, 1, 513], [32, 64, 96], [700]])
-def test_any_number_of_shares_merges_to_the_same_softmax(lengths, splits):
-    args = inputs(lengths, 1, 16)
+@pytest.mark.parametrize("H", [16, 24])
+def test_any_number_of_shares_merges_to_the_same_softmax(lengths, splits, H):
+    args = inputs(lengths, 1, H)
     close(decode_triton(*args, SCALE, splits), *args)
 
 
@@ -111,7 +115,7 @@ def test_a_query_sees_its_own_token_and_none_after_it():
     q_latent[:], latents[:] = 1, 0.01 * latents
     for key in (36, 37, 38, 39):
         marked = latents.clone()
-        marked[0, key, :64] = 50
+        marked[0, key, :DIMS[0]] = 50
         out = decode_triton(q_latent, q_rope, marked, positions, 1.0, 2)
         assert [bool((out[0, t] > 49).all()) for t in range(3)] == [key <= p for p in (37, 38, 39)]
 

@@ -52,6 +52,24 @@ def has_triton():
     return importlib.util.find_spec("triton") is not None
 
 
+def latent_decode(device, dtype, r_kv, d_r):
+    """(path, why) of attention over the latent cache: 'Triton' or 'torch'."""
+    if device.type != "cuda" or not has_triton():
+        return "torch", "no Triton here" if device.type == "cuda" else "no GPU"
+    if torch.cuda.get_device_capability(device)[0] != 9:
+        return "torch", "the kernel's tiles are made for Hopper"
+    if dtype != torch.bfloat16:
+        return "torch", "the kernel takes BF16"
+    if any(d & d - 1 or d < 16 for d in (r_kv, d_r)) or r_kv > 512:
+        return "torch", f"r_kv = {r_kv} and d_r = {d_r} are not both powers of two from 16 to 512"
+    return "Triton", "one read of the cache for all heads, split over the sequence"
+
+
+def multiprocessors(device):
+    """How many programs a kernel needs to use all of the device."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
 def native_bf16():
     """Whether this CPU multiplies bfloat16 in hardware (AVX512-BF16 or AMX); elsewhere bf16 is slower than fp32."""
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()

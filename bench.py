@@ -5,7 +5,8 @@
     ablations   MTP, balancing, dense against a mixture, on char: python bench.py ablations --data=FILE
     speculation drafted against plain generation (sample.py --speculate), on held-out text; --out_dir=RUN takes a run
                 that is there, of a context of 256 tokens, in place of training one
-    readme      put the results into the README's marked places, and draw its figure (needs matplotlib)
+    decode      attention over the latent cache: the kernels against torch.compile (needs a GPU)
+    readme      put the results into the README's marked places, and draw its figures (needs matplotlib)
 
 Every section runs the commands that a user would run, each in a process of its own, and records the device, the
 versions, the command and the date beside what came out.
@@ -27,11 +28,12 @@ from pathlib import Path
 
 import torch
 
-import backend
 import configs
 import sample
+from backend import has_triton, use_graph
 from configs import UserError
 from data import documents, split
+from mla import LatentCache, decode_torch, decode_triton, quantize
 from parallel import write_atomic
 
 HERE = Path(__file__).resolve().parent
@@ -53,7 +55,8 @@ def record(section, command, **numbers):
     where = {"command": command, "date": datetime.date.today().isoformat(), "python": platform.python_version(),
              "torch": torch.__version__, "cpu": f"{processor()}, {os.cpu_count()} cores",
              "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None}
-    numbers["data"]["source"] = Path(numbers["data"]["source"]).name                # not where it lies on this machine
+    if "data" in numbers:
+        numbers["data"]["source"] = Path(numbers["data"]["source"]).name            # not where it lies on this machine
     RESULTS.mkdir(exist_ok=True)
     write_atomic(RESULTS / f"{section}.json", json.dumps({**where, **numbers}, indent=1) + "\n")
     print(f"wrote results/{section}.json")
@@ -236,7 +239,7 @@ def parts_of_a_step(v3, prompt, drafts, repeats=48):
         h = v3.hidden(batch.tokens, batch.cache)[0]
         kept = batch.tokens.clone(), torch.ones_like(batch.lengths)                      # a step's tokens: one stands
         call = lambda: step(batch, h, *kept)
-        return batch.graph(call) if backend.use_graph(v3.config, batch.tokens) else call
+        return batch.graph(call) if use_graph(v3.config, batch.tokens) else call
 
     calls = {"plain": part(0, lambda batch, *_: batch.step()),
              "main": part(drafts, lambda batch, *_: v3.logits(v3.hidden(batch.tokens, batch.cache)[0]).argmax(-1)),
@@ -257,7 +260,8 @@ def speculation(options):
     with tempfile.TemporaryDirectory() as folder:
         out_dir = options.get("out_dir", f"{folder}/run")
         if "out_dir" not in options:                           # twice the default's context, for as many tokens a step
-            train("configs/tiny.py", "--seq_len=256", "--batch_size=16", "--micro_batch_size=16", f"--out_dir={out_dir}")
+            train("configs/tiny.py", "--seq_len=256", "--batch_size=16", "--micro_batch_size=16",
+                  f"--out_dir={out_dir}")
         v3, tokenizer, _ = sample.load(out_dir)
         state = json.loads((sample.look(out_dir)[0] / "state.json").read_text())
     if not v3.mtp:
@@ -266,8 +270,8 @@ def speculation(options):
     texts = [text for _, text in held_out[::max(1, len(held_out) // 50)]][:50]
     prompts = [sample.encode(tokenizer, text.encode()[:64].decode(errors="ignore")) for text in texts]
     if sample.room(v3.config, prompts) < 128:
-        raise UserError(f"bench.py speculation: the context of {out_dir}, {v3.config.context} tokens, is too short for a "
-                        f"prompt and 128 more; train with --seq_len=256")
+        raise UserError(f"bench.py speculation: the context of {out_dir}, {v3.config.context} tokens, is too short for "
+                        f"a prompt and 128 more; train with --seq_len=256")
     if v3.embed.weight.device.type == "cpu":
         torch.set_num_threads(1)                                                           # as sample.py does
 
@@ -294,6 +298,76 @@ def speculation(options):
     record("speculation", "python bench.py speculation", prompts=len(prompts), tokens=tokens,
            config={"dim": v3.config.dim, "n_layers": v3.config.n_layers, "precision": v3.config.precision,
                    "steps": state["step"]}, plain_tokens_per_s=tokens / plain, modes=modes, data=state["data"])
+# --- decode: attention over the latent cache --------------------------------------------------------------------------
+
+def cache_per_token(c):
+    """{kind of attention: bytes that the cache of a Config's shape holds for one token}, in BF16 where nothing is said.
+    MHA keeps keys and values of d_n = d_v dims for every head, GQA-8 for eight groups of heads."""
+    heads = lambda n: n * (c.qk_nope_head_dim + c.v_head_dim) * c.n_layers * 2
+    width, d_r = c.kv_lora_rank + c.qk_rope_head_dim, c.qk_rope_head_dim
+    latent = lambda dtype: LatentCache(c.n_layers, 1, 1, width, "meta", dtype, d_r).bytes_per_token
+    return {"MHA": heads(c.n_heads), "GQA-8": heads(8), "MLA": latent(torch.bfloat16),
+            "MLA, FP8": latent(torch.float8_e4m3fn)}
+
+
+def seconds(function, *args):
+    """Median seconds of function(*args), captured in a CUDA graph and replayed as generation does it, L2 cold."""
+    from triton.testing import do_bench
+    function(*args)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function(*args)
+    return do_bench(graph.replay, warmup=20, rep=100, return_mode="median") / 1e3
+
+
+def decode_inputs(B, H, S, T=1, r_kv=512, d_r=64):
+    """Random q_latent, q_rope, latents and positions of rows that all hold S tokens, V3's dims, in BF16."""
+    random = lambda *shape: torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
+    positions = torch.arange(S - T, S, device="cuda").expand(B, T).contiguous()
+    return 0.3 * random(B, T, H, r_kv), random(B, T, H, d_r), random(B, S, r_kv + d_r), positions
+
+
+def decode_attention_bench():
+    """The decode kernels against torch.compile of their torch form: time, bytes of cache and FLOPs per second; the
+    error of BF16 and of the FP8 cache against float64."""
+    if not torch.cuda.is_available() or not has_triton():
+        raise UserError("bench.py decode: needs a CUDA GPU and Triton")
+    scale, out = 192 ** -0.5, {"shapes": []}
+    out["copy_tb_s"] = 2 * 2 ** 30 / seconds(torch.clone, torch.empty(2 ** 30, dtype=torch.uint8, device="cuda")) / 1e12
+    for B, H, S, T in [(64, 16, 4096, 1), (64, 16, 32768, 1), (64, 128, 4096, 1), (1, 128, 32768, 1), (8, 16, 4096, 1),
+                       (64, 16, 4096, 2), (64, 16, 4096, 4)]:
+        torch.compiler.reset()
+        args, compiled = decode_inputs(B, H, S, T), torch.compile(decode_torch, dynamic=False)
+        packed = quantize(args[2], 64)
+        ours, theirs = seconds(decode_triton, *args, scale), seconds(compiled, *args, scale)
+        fp8 = seconds(decode_triton, *args[:2], packed, args[3], scale)
+        row = {"batch": B, "heads": H, "tokens": S, "queries": T, "us": ours * 1e6, "compiled_us": theirs * 1e6,
+               "speedup": theirs / ours, "fp8_us": fp8 * 1e6, "cache_tb_s": args[2].nbytes / ours / 1e12,
+               "tflops": 2 * B * S * T * H * (576 + 512) / ours / 1e12}
+        out["shapes"].append(row)
+        print(row, flush=True)
+        del args, packed
+
+    q_latent, q_rope, latents, _ = decode_inputs(64, 16, 4096)
+    lengths = torch.randint(1, 4096, (64, 1), generator=torch.Generator().manual_seed(1)).cuda()
+    ours = seconds(decode_triton, q_latent, q_rope, latents, lengths - 1, scale)
+    out["ragged"] = {"mean_tokens": lengths.float().mean().item(), "us": ours * 1e6,
+                     "cache_tb_s": int(lengths.sum()) * 1152 / ours / 1e12}
+
+    q_latent, q_rope, latents, positions = decode_inputs(4, 128, 2000)
+    packed = quantize(latents, 64)
+    exact = decode_torch(q_latent.double(), q_rope.double(), latents.double(), positions, scale)
+    error = lambda x: ((x.double() - exact).norm() / exact.norm()).item()
+    run = lambda form, cache: error(form(q_latent, q_rope, cache, positions, scale))
+    out["error"] = {"torch": run(decode_torch, latents), "triton": run(decode_triton, latents),
+                    "torch_fp8": run(decode_torch, packed), "triton_fp8": run(decode_triton, packed),
+                    "fp8_in_float64": error(decode_torch(q_latent.double(), q_rope.double(), packed, positions, scale))}
+    print(out["ragged"], out["error"], flush=True)
+    return out
+
+
+def decode(options):
+    record("decode", "python bench.py decode", attention=decode_attention_bench())
 
 
 # --- the README -------------------------------------------------------------------------------------------------------
@@ -305,7 +379,7 @@ def load(section):
 
 def tables():
     """{name of a marked place in the README: its text}, from the committed results."""
-    t, c, a = load("tiny"), load("char"), load("ablations")
+    t, c, a, d = load("tiny"), load("char"), load("ablations"), load("decode")
     mean = lambda runs, key: statistics.mean(r[key] for r in runs)
     spread = lambda runs, key: statistics.stdev(r[key] for r in runs) if len(runs) > 1 else 0.0
     vio = lambda runs: f"{mean(runs, 'max_vio'):.2f}" if mean(runs, "max_vio") else "-"
@@ -339,6 +413,13 @@ def tables():
             *(f"| {name} | {mean(v['runs'], 'val_loss'):.4f} ± {spread(v['runs'], 'val_loss'):.4f} | "
               f"{vio(v['runs'])} | {mean(v['runs'], 'seconds'):.0f} |"
               for name, v in a["variants"].items())])
+    if d:
+        out["decode"] = "\n".join([
+            "| batch, heads, tokens held, queries | microseconds | torch.compile | cache read, TB/s | TFLOP/s |",
+            "|---|---|---|---|---|",
+            *(f"| {r['batch']}, {r['heads']}, {r['tokens']:,}, {r['queries']} | {r['us']:.0f} | {r['compiled_us']:.0f} "
+              f"({r['speedup']:.1f}x) | {r['cache_tb_s']:.2f} | {r['tflops']:.0f} |"
+              for r in d["attention"]["shapes"])])
     return out
 
 
@@ -376,9 +457,17 @@ def readme(options):
     figure.tight_layout()
     figure.savefig(RESULTS / "tiny.png", dpi=110)
 
+    sizes = cache_per_token(configs.load(["configs/v3_671b.py"]))
+    figure, axes = pyplot.subplots(figsize=(6, 1.8))
+    bars = axes.barh(list(sizes), [size / 1e3 for size in sizes.values()])
+    axes.bar_label(bars, [f"{size / 1e3:,.0f} KB" for size in sizes.values()], padding=4)
+    axes.set(title="cache per token, DeepSeek-V3's shape", xscale="log", xlim=(10, 20_000))
+    axes.invert_yaxis()
+    figure.tight_layout()
+    figure.savefig(RESULTS / "cache.png", dpi=110)
 
 SECTIONS = {"tiny": tiny, "char": char, "ablations": ablations, "speculation": speculation,
-            "readme": readme}
+            "decode": decode, "readme": readme}
 
 
 def main(argv):

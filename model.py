@@ -204,7 +204,7 @@ class V3(nn.Module):
         """The first MTP module behind the main model, through the cache: h [B, T, D], the states at the next T places
         of `cache`, and tokens [B, T], the one after each -> states [B, T, D] whose logits predict the one after that.
 
-        Its latents lie in a layer of their own, the cache's last (`cache` with spare > 0), at the positions of h."""
+        Its latents lie in a layer of their own, the cache's last, at the positions of h. `cache` is one for drafts."""
         where = self.place(tokens.shape[1], cache)
         return self.mtp[0](h, self.embedding(tokens), layer=self.config.n_layers, **where)[0]
 
@@ -263,16 +263,17 @@ class V3(nn.Module):
         blocks = [*self.layers, *(m.block for m in self.mtp)]
         return [b.ffn.gate for b in blocks if isinstance(b.ffn, MoE)]
 
-    def cache(self, batch, capacity, drafts=0):
-        """An empty LatentCache for `batch` sequences of up to `capacity` tokens. To speculate with `drafts` tokens at a
-        time: with room for them behind each row and a layer for the MTP module. ValueError if the capacity is beyond
-        the context."""
+    def cache(self, batch, capacity, drafts=0, fp8=False):
+        """An empty LatentCache for `batch` sequences of up to `capacity` tokens, with fp8 in 8 bits (mla.Fp8Latents).
+        To speculate with `drafts` tokens at a time: with room for them behind each row and a layer for the MTP module.
+        ValueError if the capacity is beyond the context."""
         c = self.config
         if capacity > c.context:
             raise ValueError(f"a cache of {capacity} tokens is more than the context of {c.context}")
         dtype = torch.bfloat16 if c.precision == "bf16" else self.embed.weight.dtype
-        width, layers = c.kv_lora_rank + c.qk_rope_head_dim, c.n_layers + bool(drafts)
-        return LatentCache(layers, batch, capacity + drafts, width, self.embed.weight.device, dtype)
+        dtype, width = torch.float8_e4m3fn if fp8 else dtype, c.kv_lora_rank + c.qk_rope_head_dim
+        return LatentCache(c.n_layers + bool(drafts), batch, capacity + drafts, width, self.embed.weight.device, dtype,
+                           c.qk_rope_head_dim)
 
     @classmethod
     def from_hf(cls, folder, **changes):

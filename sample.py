@@ -106,7 +106,7 @@ def accept(p, q, drafts, generator=None):
 
 # --- a batch and its steps --------------------------------------------------------------------------------------------
 
-PIECE = 8192                                  # tokens of all rows together that prefill reads at once: bounds its memory
+PIECE = 8192                                  # tokens, of all rows together, that prefill reads at once: for its memory
 
 
 class Batch:

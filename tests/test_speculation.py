@@ -61,7 +61,7 @@ def test_greedy_speculation_writes_what_plain_decoding_writes_in_fewer_forward_p
 @pytest.mark.parametrize("changes", [dict(q_lora_rank=14, **YARN), GROUPS, dict(n_mtp=2), dict(n_dense_layers=3)],
                          ids=["q latent, YaRN", "expert groups", "two MTP modules", "dense"])
 @pytest.mark.parametrize("drafts", [1, 4])
-def test_a_model_whose_drafts_are_nearly_always_wrong_writes_the_same_text_up_to_the_end_of_its_context(changes, drafts):
+def test_a_model_whose_drafts_nearly_always_fall_writes_the_same_text_up_to_the_end_of_its_context(changes, drafts):
     v3 = build(**changes).eval()
     plain = write(v3, n=100)
     assert write(v3, n=100, drafts=drafts) == plain and len(plain[1]) == v3.config.context + 1 - 11
@@ -168,7 +168,7 @@ def test_what_falls_is_replaced_from_what_is_left_and_a_standing_row_gets_one_mo
 
 def test_a_draft_that_falls_by_rounding_alone_is_not_replaced_by_a_token_that_cannot_be():
     q = torch.tensor([[[0.0, 0.0, 1.0]]]).expand(4000, -1, -1)
-    p = torch.cat([0.99 * q, q], 1)                                 # one and the same but for rounding, here a large one
+    p = torch.cat([0.99 * q, q], 1)                                 # the same but for rounding, here a large one
     stand, token = sample.accept(p, q, torch.full((4000, 1), 2), torch.Generator().manual_seed(0))
     assert 10 < (stand == 0).sum() < 90 and (token == 2).all()
 
@@ -243,8 +243,8 @@ def test_a_wrong_acceptance_rule_shows_in_the_distribution(small, rule, monkeypa
 
 @torch.inference_mode()
 def test_in_bf16_the_paths_part_only_where_two_tokens_are_closer_than_the_error():
-    """Alone and in a batch, at once and in pieces, plain and drafted: in BF16 each adds up in another order. The logits'
-    error is measured against the same weights in float64, on the texts in question and in each path's own shape."""
+    """Alone and in a batch, plain and drafted: in BF16 each adds up in another order. The error of the logits there is
+    measured against the same weights in float64, through the cache and without it."""
     v3 = lively(V3(tiny(precision="bf16", seq_len=64))).eval()
     for name, p in v3.named_parameters():
         if not name.endswith("gate.weight"):

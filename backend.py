@@ -5,6 +5,7 @@ choice is made here, from what the tensors are (device, dtype), never from a glo
 prints at its start says what was chosen and why, so that no fallback is silent.
 """
 import ctypes
+import functools
 import importlib.util
 import os
 import platform
@@ -48,6 +49,7 @@ def peak_flops(device, precision):
     return next((peak for key, peak in PEAK_BF16.items() if key in name), None)
 
 
+@functools.cache
 def has_triton():
     return importlib.util.find_spec("triton") is not None
 
@@ -113,6 +115,28 @@ def free_memory(device):
         return None
 
 
+def decode_kernels(device, dtype):
+    """(path, why) of the gate, the experts and Linear where few tokens are generated: 'Triton' or 'torch'."""
+    if device.type != "cuda" or not has_triton():
+        return "torch", "Triton is not installed" if device.type == "cuda" else "no GPU"
+    if torch.cuda.get_device_capability(device)[0] < 8:
+        return "torch", "the kernels want an Ampere GPU or a later one"
+    if dtype == torch.float64:
+        return "torch", "the kernels sum in float32"
+    return "Triton", "few kernels to start, each weight read where it is"
+
+
+def use_decode_kernels(x, most):
+    """Whether x [..., D] is so few rows, at most `most`, that generation's kernels take it; they have no gradients."""
+    few = x.numel() <= most * x.shape[-1]
+    return few and not torch.is_grad_enabled() and decode_kernels(x.device, x.dtype)[0] == "Triton"
+
+
+def use_copied_experts(x, size):
+    """On a CPU: whether copying the weights of the chosen experts, `size` numbers, takes less than sorting the rows."""
+    return x.device.type == "cpu" and size <= 100_000 and not torch.is_grad_enabled()
+
+
 def table(device, precision):
     """[(mechanism, path taken, why)] for the start-up table."""
     gpu = device.type == "cuda"
@@ -121,6 +145,7 @@ def table(device, precision):
         ("attention", "torch SDPA", "cuDNN or flash kernel inside torch" if gpu else "torch's own CPU kernel"),
         ("experts", "F.grouped_mm" if grouped else "one product per busy expert",
          "BF16 on a GPU" if grouped else "grouped_mm wants BF16 on a GPU"),
+        ("generation", *decode_kernels(device, torch.bfloat16 if precision == "bf16" else torch.float32)),
         ("optimizer", "torch AdamW", "fused" if device.type in ("cpu", "cuda") else "fused only on CPU and CUDA"),
         ("triton", "not used", "no kernel of this project needs it yet" if has_triton() else "not installed"),
     ]

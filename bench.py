@@ -5,7 +5,7 @@
     ablations   MTP, balancing, dense against a mixture, on char: python bench.py ablations --data=FILE
     speculation drafted against plain generation (sample.py --speculate), on held-out text; --out_dir=RUN takes a run
                 that is there, of a context of 256 tokens, in place of training one
-    decode      attention over the latent cache: the kernels against torch.compile (needs a GPU)
+    decode      attention over the latent cache against torch.compile; tokens/s of generation (needs a GPU)
     readme      put the results into the README's marked places, and draw its figures (needs matplotlib)
 
 Every section runs the commands that a user would run, each in a process of its own, and records the device, the
@@ -34,6 +34,7 @@ from backend import has_triton, use_graph
 from configs import UserError
 from data import documents, split
 from mla import LatentCache, decode_torch, decode_triton, quantize
+from model import V3
 from parallel import write_atomic
 
 HERE = Path(__file__).resolve().parent
@@ -366,8 +367,54 @@ def decode_attention_bench():
     return out
 
 
+def copy_rate():
+    """Bytes per second, read and written, of a copy on this GPU: what a kernel that waits for memory could reach."""
+    source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+    target, times = torch.empty_like(source), []
+    for _ in range(10):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        target.copy_(source)
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) / 1000)
+    return 2 * len(source) / statistics.median(times)
+
+
+def bytes_per_step(v3, batch, length):
+    """Bytes that a decode step of `batch` rows has to read: the weights that work, of the experts those that somebody
+    chose when all are chosen equally often, and `length` cached tokens a row."""
+    c = v3.config
+    idle = (1 - c.n_activated_experts / c.n_routed_experts) ** batch                       # share of experts
+    sizes = {name: p.numel() * p.element_size() * (1 - idle if p.ndim == 3 else 1) for name, p in v3.named_parameters()}
+    return sum(sizes.values()) - sizes["embed.weight"] + batch * length * v3.cache(1, 1).bytes_per_token
+
+
+def generation(batches=(1, 64), prompt=64, short=64, long=576):
+    """Greedy tokens/s of configs/bench_1b.py with random weights. Two lengths are generated and their difference
+    counted, so that prompts and preparations fall out; of three such pairs the median."""
+    config, rate, out = configs.load(["configs/bench_1b.py"]), copy_rate(), []
+    with torch.device("cuda"):
+        v3 = sample.cast(V3(config)).eval()
+    for batch in batches:
+        prompts, times = torch.randint(config.vocab_size, (batch, prompt)).tolist(), {short: [], long: []}
+        for _ in range(4):
+            for tokens, runs in times.items():
+                began = time.perf_counter()
+                sample.generate(v3, prompts, tokens, temperature=0)
+                runs.append(time.perf_counter() - began)
+        first, *pairs = zip(*times.values())                                               # the first compiles kernels
+        per_step = statistics.median(more - less for less, more in pairs) / (long - short)
+        needed = bytes_per_step(v3, batch, prompt + (short + long) / 2)
+        out.append({"batch": batch, "tokens_per_s": batch / per_step, "limit_tokens_per_s": batch * rate / needed,
+                    "bytes_per_step": needed, "copy_bytes_per_s": rate})
+        print("batch {batch}: {tokens_per_s:,.0f} tokens/s; reading {bytes_per_step:.3g} bytes a step allows "
+              "{limit_tokens_per_s:,.0f}".format(**out[-1]), flush=True)
+    return out
+
+
 def decode(options):
-    record("decode", "python bench.py decode", attention=decode_attention_bench())
+    record("decode", "python bench.py decode", attention=decode_attention_bench(), generation=generation())
 
 
 # --- the README -------------------------------------------------------------------------------------------------------

@@ -365,13 +365,16 @@ def weights(folder, config, device, ema=False):
         averaged = lambda name: ema and not name.endswith("_bias")               # gate biases are steps, not averages
         parallel.load_checkpoint(folder, {("ema/" if averaged(name) else "") + name: tensor
                                           for name, tensor in official_tensors(v3).items()})
-    if bf16:
-        # The matrices in the dtype of their products: FP32 masters would be read and cast again for every token. The
-        # gate keeps its own, because BF16 scores tie.
-        for name, p in v3.named_parameters():
-            if p.ndim > 1 and not name.endswith("gate.weight"):
-                p.data = p.data.to(torch.bfloat16)
-    return v3.eval()
+    return (cast(v3) if bf16 else v3).eval()
+
+
+def cast(v3):
+    """The matrices in BF16, the dtype of their products: FP32 masters would be read and cast again for every token. The
+    gate keeps its own, because BF16 scores tie."""
+    for name, p in v3.named_parameters():
+        if p.ndim > 1 and not name.endswith("gate.weight"):
+            p.data = p.data.to(torch.bfloat16)
+    return v3
 
 
 def load(path, device="auto", ema=False):

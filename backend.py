@@ -104,6 +104,32 @@ def use_graph(config, x):
     return x.is_cuda and config.precision == "bf16"
 
 
+def captured(step, state, generator=None):
+    """`step` as a CUDA graph: its hundreds of kernels are recorded once and started as one. A function that repeats
+    them and returns step's result, always in the same memory. state: the tensors that step changes, which it finds as
+    they are now; generator: what it draws from."""
+    before = [tensor.clone() for tensor in state]
+    step()                                                     # compile and allocate now, which can't be recorded
+    graph = torch.cuda.CUDAGraph()
+    if generator:
+        graph.register_generator_state(generator)
+    with torch.cuda.graph(graph):
+        out = step()
+    for tensor, value in zip(state, before):
+        tensor.copy_(value)
+    return lambda: graph.replay() or out
+
+
+def on_host(tensor):
+    """A function that gives the tensor as lists; where there is a GPU it waits for what is launched by now and not for
+    what is launched later."""
+    if not tensor.is_cuda:
+        return tensor.tolist
+    copy, made = tensor.to("cpu", non_blocking=True), torch.cuda.Event()
+    made.record()
+    return lambda: made.synchronize() or copy.tolist()
+
+
 def free_memory(device):
     """Bytes that are free, on the GPU or in this machine; None where we can't tell."""
     if device.type == "cuda":

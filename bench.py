@@ -281,7 +281,7 @@ def speculation(options):
         (tokens,) = sample.generate(v3, [prompt], 128, temperature=0, drafts=drafts, tally=tally)
         return tokens, time.perf_counter() - began, tally
 
-    most = 4
+    most = 3
     for drafts in range(most + 1):
         continued(prompts[0], drafts)                                                      # warm
     rows = [[continued(prompt, drafts) for drafts in range(most + 1)] for prompt in prompts]

@@ -127,8 +127,8 @@ class Batch:
         self.rows = torch.arange(B, device=device)
         self.cache = v3.cache(B, T + steps - 1, drafts)        # the last token is made and never read
         self.tokens = torch.zeros(B, 1 + drafts, dtype=torch.int64, device=device)
-        sampled = drafts if sampling[0] else 0
-        self.q = torch.zeros(B, sampled, v3.config.vocab_size, device=device)      # what the drafts were drawn from
+        sampled, high = drafts if sampling[0] else 0, torch.promote_types(v3.embed.weight.dtype, torch.float32)
+        self.q = torch.zeros(B, sampled, v3.config.vocab_size, dtype=high, device=device)    # they are drawn from this
 
     def prefill(self):
         """Read the prompts: the first token of every row [B, 1]."""
@@ -143,7 +143,7 @@ class Batch:
                 self.v3.lookahead(h, self.prompts[:, start + 1:start + n + 1], self.cache)
             self.cache.advance(n)
         self.cache.advance(self.lengths - T)                   # the padding is forgotten
-        first = sample_token(self.v3.logits(last), *self.sampling, self.generator)[:, None]
+        first = sample_token(self.v3.logits(last), *self.sampling, generator=self.generator)[:, None]
         if self.K:
             self.cache.advance(-1)                             # back to the place of `last`
             self.draft(last[:, None], first, torch.ones_like(self.lengths))
@@ -155,7 +155,7 @@ class Batch:
         """Plain decoding: the next token of every row [B, 1]."""
         h, _ = self.v3.hidden(self.tokens, self.cache)
         self.cache.advance(1)
-        return self.tokens.copy_(sample_token(self.v3.logits(h), *self.sampling, self.generator))
+        return self.tokens.copy_(sample_token(self.v3.logits(h), *self.sampling, generator=self.generator))
 
     def speculate(self):
         """One forward pass of the main model over the newest token and the drafts: the next tokens [B, 1+K], as many
@@ -179,8 +179,8 @@ class Batch:
         """
         states = self.v3.lookahead(h, new, self.cache)                                             # [B, n, D]
         self.cache.advance(torch.minimum(count, self.end - self.cache.lengths))
-        newest = new[self.rows, count - 1][:, None]                                                # [B, 1]
-        state, tokens = states[self.rows, count - 1][:, None], [newest]                            # [B, 1, D]
+        last = self.rows, count - 1
+        state, tokens = states[last][:, None], [new[last][:, None]]                                # [B, 1, D], [B, 1]
         for k in range(self.K):
             if k:
                 state = self.v3.lookahead(state, tokens[-1], self.cache)
@@ -194,19 +194,9 @@ class Batch:
         torch.cat(tokens, 1, out=self.tokens)
 
     def graph(self, step):
-        """`step` as a CUDA graph: its hundreds of kernels are recorded once and launched as one."""
+        """`step` as a CUDA graph (backend.captured). From here on the host knows nothing of the lengths."""
         self.cache.static = True
-        state = self.tokens, self.q, self.cache.lengths
-        before = [t.clone() for t in state]
-        step()                                                 # compile and allocate now, which can't be recorded
-        graph = torch.cuda.CUDAGraph()
-        if self.generator:
-            graph.register_generator_state(self.generator)
-        with torch.cuda.graph(graph):
-            out = step()
-        for tensor, value in zip(state, before):
-            tensor.copy_(value)
-        return lambda: graph.replay() or out
+        return backend.captured(step, (self.tokens, self.q, self.cache.lengths), self.generator)
 
 
 # --- from prompts to continuations ------------------------------------------------------------------------------------
@@ -221,18 +211,9 @@ def room(config, prompts):
     return config.context + 1 - longest
 
 
-def on_host(tokens):
-    """A function that waits for tokens [B, n] and gives them as lists: where there is a GPU, for them and not for what
-    is launched after them."""
-    if not tokens.is_cuda:
-        return tokens.tolist
-    copy, made = tokens.to("cpu", non_blocking=True), torch.cuda.Event()
-    made.record()
-    return lambda: made.synchronize() or copy.tolist()
-
-
 def rounds(batch, steps):
     """The tokens of each step in turn, as lists: the one time a step that the host waits for the device."""
+    on_host = backend.on_host
     ready, step = on_host(batch.prefill()), batch.speculate if batch.K else batch.step
     if not backend.use_graph(batch.v3.config, batch.tokens):
         for _ in range(steps - 1):
@@ -269,7 +250,7 @@ def generate(v3, prompts, max_tokens, temperature=0.8, top_k=0, top_p=0.95, gene
     for n, tokens in enumerate(rounds(batch, steps)):
         for row in sorted(going):                              # rows that have ended run along until the last has
             new = [token for token in tokens[row] if token >= 0]
-            if n:                                              # the first token is the prompt's
+            if drafts and n:                                   # the first token is the prompt's
                 tally.update(forwards=1, accepted=len(new) - 1)
             for token in new:
                 if token != eos:
@@ -493,7 +474,7 @@ def respond(v3, tokenizer, prompts, o, generator, what):
     count, per_token = sum(map(len, pieces)), v3.cache(1, 1, o.speculate).bytes_per_token
     line = f"{count} tokens in {seconds:.2f} s, {count / seconds:.1f} tokens/s; latent cache {per_token:,} bytes a " \
            f"token, {per_token * len(ids) * tokens / 1e6:.2f} MB in all; {what}, {size(v3) / 1e6:.2f}M parameters"
-    if o.speculate and tally["forwards"]:
+    if tally["forwards"]:
         accepted = tally["accepted"] / tally["forwards"]                # of each forward pass
         line += f"; {accepted / o.speculate:.0%} of the drafts accepted, {1 + accepted:.2f} tokens per forward pass"
     if max(map(len, pieces)) == steps < o.max_tokens:

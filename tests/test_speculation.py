@@ -279,3 +279,50 @@ def test_in_bf16_the_paths_part_only_where_two_tokens_are_closer_than_the_error(
 def test_a_model_without_an_mtp_module_cannot_draft():
     with pytest.raises(ValueError, match="n_mtp is 0"):
         write(build(n_mtp=0).eval(), drafts=1)
+
+
+# --- on a GPU ---------------------------------------------------------------------------------------------------------
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: CUDA graphs")
+@pytest.mark.parametrize("drafts, temperature", [(0, 0), (0, 0.8), (2, 0), (2, 0.8)])
+@torch.inference_mode()
+def test_the_graph_of_a_step_writes_what_the_step_writes(drafts, temperature):
+    """Greedy: bit by bit the same. With a temperature the graph draws what its generator gives it: repeatable, and
+    other numbers at every step."""
+    config = tiny(precision="bf16", dim=64, n_heads=4, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=16,
+                  v_head_dim=32, inter_dim=64, moe_inter_dim=32, seq_len=128)
+    v3 = sample.cast(lively(V3(config))).cuda().eval()
+
+    def text(graph, seed=1):
+        generator = torch.Generator("cuda").manual_seed(seed) if temperature else None
+        batch = sample.Batch(v3, PROMPTS, 40, (temperature,), generator, drafts)
+        batch.prefill()
+        batch.cache.static, step = True, batch.speculate if drafts else batch.step
+        step = batch.graph(step) if graph else step
+        return torch.cat([step().clone() for _ in range(12)], 1)
+
+    if temperature == 0:
+        assert torch.equal(text(True), text(False))
+    else:
+        first = text(True)
+        assert torch.equal(text(True), first) and not torch.equal(text(True, seed=2), first)
+        assert len(set(first[0].tolist())) > 5
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: CUDA graphs")
+@torch.inference_mode()
+def test_on_a_gpu_the_host_waits_once_a_step(monkeypatch):
+    config = tiny(precision="bf16", dim=64, n_heads=4, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=16,
+                  v_head_dim=32, inter_dim=64, moe_inter_dim=32, seq_len=128)
+    v3 = sample.cast(lively(V3(config))).cuda().eval()
+    batch = sample.Batch(v3, PROMPTS, 40, (0,), None, 2)
+    batch.prefill()
+    batch.cache.static = True
+    batch.speculate()                                                                  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        batch.speculate()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -35,7 +35,7 @@ from configs import UserError
 from data import documents, split
 from mla import LatentCache, decode_torch, decode_triton, quantize
 from model import V3
-from parallel import write_atomic
+from parallel import latest, read_state, write_atomic
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
@@ -263,8 +263,8 @@ def speculation(options):
         if "out_dir" not in options:                           # twice the default's context, for as many tokens a step
             train("configs/tiny.py", "--seq_len=256", "--batch_size=16", "--micro_batch_size=16",
                   f"--out_dir={out_dir}")
+        state = read_state(latest(out_dir))
         v3, tokenizer, _ = sample.load(out_dir)
-        state = json.loads((sample.look(out_dir)[0] / "state.json").read_text())
     if not v3.mtp:
         raise UserError(f"bench.py speculation: the model in {out_dir} has no MTP module to draft with (n_mtp is 0)")
     _, held_out = split(documents(v3.config.data))
@@ -426,7 +426,7 @@ def load(section):
 
 def tables():
     """{name of a marked place in the README: its text}, from the committed results."""
-    t, c, a, d = load("tiny"), load("char"), load("ablations"), load("decode")
+    t, c, a, d, s = load("tiny"), load("char"), load("ablations"), load("decode"), load("speculation")
     mean = lambda runs, key: statistics.mean(r[key] for r in runs)
     spread = lambda runs, key: statistics.stdev(r[key] for r in runs) if len(runs) > 1 else 0.0
     vio = lambda runs: f"{mean(runs, 'max_vio'):.2f}" if mean(runs, "max_vio") else "-"
@@ -467,6 +467,15 @@ def tables():
             *(f"| {r['batch']}, {r['heads']}, {r['tokens']:,}, {r['queries']} | {r['us']:.0f} | {r['compiled_us']:.0f} "
               f"({r['speedup']:.1f}x) | {r['cache_tb_s']:.2f} | {r['tflops']:.0f} |"
               for r in d["attention"]["shapes"])])
+    if s:
+        out["speculation"] = "\n".join([
+            "| drafts | of them accepted | tokens per forward pass | time of the drafts / of a plain step | tokens/s | "
+            "the same text |", "|---|---|---|---|---|---|",
+            f"| 0 | | 1 | | {s['plain_tokens_per_s']:.0f} | |",
+            *(f"| {m['drafts']} | {m['acceptance']:.0%} | {m['tokens_per_forward']:.2f} | "
+              f"{m['draft_over_plain']:.2f} | {m['tokens_per_s']:.0f} ({m['speedup']:.2f}x) | "
+              f"{m['identical']} of {s['prompts']} |"
+              for m in s["modes"])])
     return out
 
 

@@ -296,7 +296,7 @@ def test_the_graph_of_a_step_writes_what_the_step_writes(drafts, temperature):
 
     def text(graph, seed=1):
         generator = torch.Generator("cuda").manual_seed(seed) if temperature else None
-        batch = sample.Batch(v3, PROMPTS, 40, (temperature,), generator, drafts)
+        batch = sample.Batch(v3, PROMPTS, 40, (temperature, 0, 1.0), generator, drafts)
         batch.prefill()
         batch.cache.static, step = True, batch.speculate if drafts else batch.step
         step = batch.graph(step) if graph else step

@@ -154,7 +154,7 @@ def decode_kernels(device, dtype):
 
 def use_decode_kernels(x, most):
     """Whether x [..., D] is so few rows, at most `most`, that generation's kernels take it; they have no gradients."""
-    few = x.numel() <= most * x.shape[-1]
+    few = 0 < x.numel() <= most * x.shape[-1]
     return few and not torch.is_grad_enabled() and decode_kernels(x.device, x.dtype)[0] == "Triton"
 
 
@@ -173,5 +173,4 @@ def table(device, precision):
          "BF16 on a GPU" if grouped else "grouped_mm wants BF16 on a GPU"),
         ("generation", *decode_kernels(device, torch.bfloat16 if precision == "bf16" else torch.float32)),
         ("optimizer", "torch AdamW", "fused" if device.type in ("cpu", "cuda") else "fused only on CPU and CUDA"),
-        ("triton", "not used", "no kernel of this project needs it yet" if has_triton() else "not installed"),
     ]

@@ -371,14 +371,14 @@ def copy_rate():
     """Bytes per second, read and written, of a copy on this GPU: what a kernel that waits for memory could reach."""
     source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
     target, times = torch.empty_like(source), []
-    for _ in range(10):
+    for _ in range(200):                                       # the first ones find the memory's clock asleep
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         target.copy_(source)
         end.record()
         torch.cuda.synchronize()
         times.append(start.elapsed_time(end) / 1000)
-    return 2 * len(source) / statistics.median(times)
+    return 2 * len(source) / statistics.median(times[100:])
 
 
 def bytes_per_step(v3, batch, length):
@@ -403,7 +403,7 @@ def generation(batches=(1, 64), prompt=64, short=64, long=576):
                 began = time.perf_counter()
                 sample.generate(v3, prompts, tokens, temperature=0)
                 runs.append(time.perf_counter() - began)
-        first, *pairs = zip(*times.values())                                               # the first compiles kernels
+        _, *pairs = zip(*times.values())                                                   # the first compiles kernels
         per_step = statistics.median(more - less for less, more in pairs) / (long - short)
         needed = bytes_per_step(v3, batch, prompt + (short + long) / 2)
         out.append({"batch": batch, "tokens_per_s": batch / per_step, "limit_tokens_per_s": batch * rate / needed,

@@ -301,7 +301,7 @@ class SwiGLU(torch.autograd.Function):
 #   a few tokens   row_hidden [R, F] -> row_sum [N, D]                         a row reads its expert's weights
 #   more           sort -> tile_hidden [R, F] -> tile_out [R, D] -> sum        an expert reads its weights, once
 
-MAX_TOKENS = 128                              # above, the grouped product is faster
+MAX_TOKENS = 128                              # on an H100; 256 tokens are faster as a grouped product
 
 
 def experts_torch(x, indices, weights, w13, w2, shared=None):
@@ -466,6 +466,8 @@ def experts_triton(x, indices, weights, w13, w2, shared=None):
 
 
 def experts(x, indices, weights, w13, w2, shared=None):
+    """experts_torch, on a GPU by experts_triton: 14 microseconds a token instead of 91, at configs/bench_1b.py's sizes
+    on an H100; 64 tokens 97 instead of 191 (against the rows sorted for F.grouped_mm)."""
     pick = experts_triton if backend.use_decode_kernels(x, MAX_TOKENS) else experts_torch
     return pick(x, indices, weights, w13, w2, shared)
 

@@ -16,7 +16,7 @@ from fp8 import linear_torch, linear_triton
 from moe import MAX_TOKENS, MoE, experts_torch, experts_triton, max_vio, route_torch, route_triton
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-GPU = torch.cuda.is_available() and not INTERPRETED
+GPU = torch.cuda.is_available() and backend.has_triton() and not INTERPRETED
 DEVICE = "cuda" if GPU else "cpu"
 kernels = pytest.mark.skipif(not GPU and not INTERPRETED,
                              reason="compiled kernels need a GPU; Triton's interpreter has a process of its own")

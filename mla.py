@@ -121,8 +121,7 @@ def apply_rope(x, rope):
 
 class Fp8Latents(NamedTuple):
     """Latents [..., r_kv + d_r] in 656 bytes instead of 1152 (V3's dims): c_kv in E4M3, each 1x128 tile of a token with
-    a scale of its own, as activations in section 3.3; the rotated key, whose channels differ too much in size to share
-    one, stays in BF16."""
+    a scale of its own, as activations in section 3.3; the rotated key stays in BF16."""
     c_kv: torch.Tensor                                                                       # float8_e4m3fn [..., r_kv]
     scale: torch.Tensor                                                                      # float32 [..., tiles]
     k_rope: torch.Tensor                                                                     # bfloat16 [..., d_r]

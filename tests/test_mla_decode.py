@@ -12,6 +12,8 @@ import torch
 from conftest import tiny
 
 import backend
+import bench
+import configs
 import mla
 from mla import Fp8Latents, LatentCache, decode_torch, decode_triton, dequantize, quantize
 from model import V3
@@ -121,6 +123,12 @@ def test_a_query_sees_its_own_token_and_none_after_it():
 
 
 @kernel
+def test_a_chunk_of_a_prompt_is_many_queries():
+    args = inputs([70, 130], 70, 8)
+    close(decode_triton(*args, SCALE), *args)
+
+
+@kernel
 def test_short_rows_beside_a_very_long_one():
     args = inputs([1, 2500, 2, 3], 1, 16)
     close(decode_triton(*args, SCALE, 20), *args)
@@ -204,6 +212,11 @@ def test_the_fp8_cache_of_v3_takes_656_bytes_a_layer_where_bf16_takes_1152():
     assert cache.bytes_per_token == 61 * (512 + 4 * 4 + 2 * 64) == 61 * 656
     assert cache.bytes_per_token == sum(b.nbytes for b in cache.buffers) / 2
     assert LatentCache(61, 1, 2, 576, dtype=torch.bfloat16).bytes_per_token == 61 * 1152 == 70_272
+
+
+def test_the_figure_of_cache_per_token_is_the_arithmetic():
+    sizes = bench.cache_per_token(configs.load(["v3_671b"]))
+    assert sizes == {"MHA": 61 * 128 * 256 * 2, "GQA-8": 61 * 8 * 256 * 2, "MLA": 70_272, "MLA, FP8": 61 * 656}
 
 
 def test_a_model_decodes_from_an_fp8_cache_nearly_as_from_its_own():

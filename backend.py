@@ -54,6 +54,24 @@ def has_triton():
     return importlib.util.find_spec("triton") is not None
 
 
+def latent_decode(device, dtype, r_kv, d_r):
+    """(path, why) of attention over the latent cache: 'Triton' or 'torch'."""
+    if device.type != "cuda" or not has_triton():
+        return "torch", "no Triton here" if device.type == "cuda" else "no GPU"
+    if torch.cuda.get_device_capability(device)[0] != 9:
+        return "torch", "the kernel's tiles are made for Hopper"
+    if dtype != torch.bfloat16:
+        return "torch", "the kernel takes BF16"
+    if any(d & d - 1 or d < 16 for d in (r_kv, d_r)) or r_kv > 512:
+        return "torch", f"r_kv = {r_kv} and d_r = {d_r} are not both powers of two from 16 to 512"
+    return "Triton", "one read of the cache for all heads, split over the sequence"
+
+
+def multiprocessors(device):
+    """How many programs a kernel needs to use all of the device."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
 def native_bf16():
     """Whether this CPU multiplies bfloat16 in hardware (AVX512-BF16 or AMX); elsewhere bf16 is slower than fp32."""
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -84,6 +102,48 @@ def peak_memory(device):
 def use_grouped_mm(x):
     """Experts as one grouped matrix product: on a GPU in BF16. On a CPU its backward is slower than a loop."""
     return x.is_cuda and x.dtype == torch.bfloat16
+
+
+def use_graph(config, x):
+    """Decoding as a CUDA graph: where no operation of a step waits for the host, which the loop over experts does."""
+    return x.is_cuda and config.precision == "bf16"
+
+
+def captured(step, state, generator=None):
+    """`step` as a CUDA graph: its hundreds of kernels are recorded once and started as one. A function that repeats
+    them and returns step's result, always in the same memory. state: the tensors that step changes, which it finds as
+    they are now; generator: what it draws from."""
+    before = [tensor.clone() for tensor in state]
+    step()                                                     # compile and allocate now, which can't be recorded
+    graph = torch.cuda.CUDAGraph()
+    if generator:
+        graph.register_generator_state(generator)
+    with torch.cuda.graph(graph):
+        out = step()
+    for tensor, value in zip(state, before):
+        tensor.copy_(value)
+    return lambda: graph.replay() or out
+
+
+def on_host(tensor):
+    """A function that gives the tensor as lists; where there is a GPU it waits for what is launched by now and not for
+    what is launched later."""
+    if not tensor.is_cuda:
+        return tensor.tolist
+    copy, made = tensor.to("cpu", non_blocking=True), torch.cuda.Event()
+    made.record()
+    return lambda: made.synchronize() or copy.tolist()
+
+
+def free_memory(device):
+    """Bytes that are free, on the GPU or in this machine; None where we can't tell."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo", encoding="utf-8") as f:
+            return next(int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):                                                       # not Linux
+        return None
 
 
 def decode_kernels(device, dtype):

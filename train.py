@@ -89,7 +89,7 @@ def plan(c, device, data=None):
                    f"+ {human(activations, 'B')} activations"),
         ("latent cache", f"{a['cache_bytes']:,} bytes per token in BF16"),
         ("device", f"{backend.name(device)}, {c.precision}, torch {torch.__version__}"),
-        *((what, f"{path} ({why})") for what, path, why in backend.table(device, c.precision)),
+        *((what, f"{path} ({why})") for what, path, why in backend.table(device, c)),
     ]
     if data:
         i = data.identity

@@ -5,7 +5,7 @@ import pytest
 import torch
 from conftest import YARN, agree, lively, tiny
 
-from mla import MLA, LatentCache, RMSNorm, apply_rope, attention_absorbed, attention_naive, rope_table
+from mla import MLA, LatentCache, RMSNorm, apply_rope, attention_absorbed, attention_torch, rope_table
 
 VARIANTS = pytest.mark.parametrize("changes", [dict(), dict(q_lora_rank=14), dict(q_lora_rank=14, **YARN)],
                                    ids=["q direct", "q latent", "q latent, YaRN"])
@@ -189,7 +189,7 @@ def test_absorption_is_an_identity_of_the_formulas_themselves():
     rand = lambda *shape: torch.randn(*shape, dtype=torch.float64)
     q_nope, q_rope, c_kv, k_rope = rand(B, T, H, d_n), rand(B, T, H, d_r), rand(B, T, r_kv), rand(B, T, d_r)
     w_uk, w_uv = rand(H, d_n, r_kv), rand(H, d_v, r_kv)
-    naive = attention_naive(q_nope, q_rope, torch.einsum("hnr,btr->bthn", w_uk, c_kv), k_rope.unsqueeze(2),
+    naive = attention_torch(q_nope, q_rope, torch.einsum("hnr,btr->bthn", w_uk, c_kv), k_rope.unsqueeze(2),
                             torch.einsum("hvr,btr->bthv", w_uv, c_kv), 0.3)
     latent = attention_absorbed(torch.einsum("bthn,hnr->bthr", q_nope, w_uk), q_rope, torch.cat([c_kv, k_rope], -1),
                                 torch.arange(T).expand(B, T), 0.3)

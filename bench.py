@@ -277,7 +277,7 @@ def attention_shape(B, H, T, dims):
         "cuDNN, block": forward_backward(sdpa_block, (q, kv, k_rope), dout),
         "Triton, block": forward_backward(block(mla.attention_triton, mla.Split.apply), (q, kv, k_rope), dout),
     }
-    flops = B * H * T * T * (d_n + d_r + d_v)                                           # half of the square, 2 a product
+    flops = B * H * T * T * (d_n + d_r + d_v)                                          # half of the square, 2 a product
     out = {"B": B, "H": H, "T": T, "dims": dims}
     for name, (forward, backward, peak) in measured.items():
         out[name] = {"forward_ms": forward, "backward_ms": backward, "forward_tflops": flops / forward / 1e9,
@@ -309,6 +309,7 @@ def small_ops():
         return row
 
     random, out = lambda *shape: torch.randn(*shape, device="cuda", dtype=torch.bfloat16), {}
+    torch._functorch.config.donated_buffer = False                # a compiled backward may be timed again and again
     plain = lambda x, w: torch.nn.functional.rms_norm(x.float(), w.shape, w, 1e-6).to(x.dtype)
     norms = {"torch": lambda x, w: mla.rms_norm_torch(x, w, 1e-6), "compiled": torch.compile(plain),
              "Triton": lambda x, w: mla.rms_norm_triton(x, w, 1e-6)}

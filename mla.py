@@ -23,7 +23,7 @@ The same layer in two orders of multiplication, equal in exact arithmetic:
 
 Shapes: B batch, T tokens, S cached tokens, D dim, H heads, r_q r_kv latent ranks, d_n d_r d_v head dims (nope, rope,
 value). RoPE is interleaved as in the released checkpoints: pairs (x0, x1), (x2, x3), ...
-Simplified against V3: nothing in the mathematics. The attention itself is torch's scaled_dot_product_attention.
+Simplified against V3: nothing in the mathematics.
 """
 import math
 
@@ -242,6 +242,16 @@ class Split(torch.autograd.Function):
         if not beside:
             return torch.cat([a, b], -1), None
         return a.as_strided((*a.shape[:-1], a.shape[-1] + b.shape[-1]), a.stride()), None
+
+
+@torch.compiler.disable                                        # it cannot follow where gradients lie
+def split_joined(x, d):
+    return Split.apply(x, d)
+
+
+def split(x, d):
+    """x [..., d + e] -> [..., d], [..., e]: by Split where kernels run."""
+    return split_joined(x, d) if backend.use_small_kernels(x) else x.split([d, x.shape[-1] - d], -1)
 
 
 @torch.compiler.disable
@@ -627,7 +637,7 @@ class MLA(nn.Module):
         if cache is not None:
             latents = cache.write(layer, positions, torch.cat([c_kv, k_rope.squeeze(-2)], -1))
         if cache is None or not cache.longest:
-            k_nope, v = Split.apply(self.wkv_b(c_kv).unflatten(-1, (self.H, -1)), self.d_n)
+            k_nope, v = split(self.wkv_b(c_kv).unflatten(-1, (self.H, -1)), self.d_n)
             out = attention(q_nope, q_rope, k_nope, k_rope, v, self.scale, starts, kept)      # [B, T, H, d_v]
         else:
             out = self.absorbed(q_nope, q_rope, latents, positions)

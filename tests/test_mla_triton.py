@@ -147,16 +147,13 @@ def test_a_packed_document_is_attended_to_as_if_it_were_alone():
 
 
 def test_a_split_of_what_lies_together_hands_back_the_one_buffer():
-    x, both = torch.randn(2, 3, 10, requires_grad=True), torch.randn(2, 3, 10)
-    parts = mla.Split.apply(x * 1, 4)
-    seen = []
-    whole = x * 1
-    whole.register_hook(seen.append)
-    torch.autograd.backward(mla.Split.apply(whole, 4), both.split([4, 6], -1))
-    assert seen[0].data_ptr() == both.data_ptr() and torch.equal(x.grad, both)
-    x.grad = None
-    torch.autograd.backward(parts, [both[..., :4].clone(), both[..., 4:].clone()])
-    assert torch.equal(x.grad, both)
+    both, seen = torch.randn(2, 3, 10), []
+    for parts in (both.split([4, 6], -1), [both[..., :4].clone(), both[..., 4:]], [both[..., 6:], both[..., :6]]):
+        whole = torch.randn(2, 3, 10, requires_grad=True) * 1
+        whole.register_hook(seen.append)
+        torch.autograd.backward(mla.Split.apply(whole, 4), parts)
+        assert torch.equal(seen[-1], torch.cat(tuple(parts), -1))
+    assert [g.data_ptr() == both.data_ptr() for g in seen] == [True, False, False]
 
 
 @pytest.mark.parametrize("dims, path", [(V3, "Triton"), (TINY, "Triton"), ((24, 10, 20), "torch SDPA"),

@@ -5,6 +5,7 @@ choice is made here, from what the tensors are (device, dtype), never from a glo
 prints at its start says what was chosen and why, so that no fallback is silent.
 """
 import ctypes
+import functools
 import importlib.util
 import os
 import platform
@@ -48,6 +49,7 @@ def peak_flops(device, precision):
     return next((peak for key, peak in PEAK_BF16.items() if key in name), None)
 
 
+@functools.cache
 def has_triton():
     return importlib.util.find_spec("triton") is not None
 

@@ -534,6 +534,9 @@ def heads(x, rows):
 class Attention(torch.autograd.Function):
     """attention_triton: the kernels and what backward needs: the operands, the output and the log-sum-exp.
 
+    Tiles, stages and warps are the fastest, measured on an H100, of those whose registers don't spill into memory. So
+    are the heads that run together: 32768 / T of them forward, fewer backward, where each reads more.
+
     `kept` is None or a list. Under checkpoint, forward runs a second time to make the operands again: the first run
     leaves output and log-sum-exp in the list, the second finds them there and computes nothing.
     """

@@ -72,6 +72,26 @@ def multiprocessors(device):
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
+def attention(device, dtype, dims):
+    """(path, why) of training attention for head dims (d_n, d_r, d_v): 'Triton' or 'torch SDPA'."""
+    if device.type != "cuda":
+        return "torch SDPA", "torch's own CPU kernel" if device.type == "cpu" else "no Triton on this device"
+    if not has_triton():
+        return "torch SDPA", "Triton is not installed"
+    if torch.cuda.get_device_capability(device)[0] != 9:
+        return "torch SDPA", "the kernels' tiles are made for Hopper"
+    if dtype != torch.bfloat16:
+        return "torch SDPA", "the kernels take BF16"
+    if any(d & d - 1 or not 16 <= d <= most for d, most in zip(dims, (128, 64, 128))):
+        return "torch SDPA", f"d_n, d_r, d_v = {', '.join(map(str, dims))} are not powers of two, 16 to 128 (d_r: 64)"
+    return "Triton", "reads q, k_rope and v where they lie; cuDNN wants them concatenated and expanded"
+
+
+def use_small_kernels(x):
+    """RMSNorm and RoPE as one kernel each: Triton on a GPU, in float32 or less."""
+    return x.is_cuda and x.dtype != torch.float64 and has_triton()
+
+
 def native_bf16():
     """Whether this CPU multiplies bfloat16 in hardware (AVX512-BF16 or AMX); elsewhere bf16 is slower than fp32."""
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -168,14 +188,19 @@ def use_copied_experts(x, size):
     return x.device.type == "cpu" and size <= 100_000 and not torch.is_grad_enabled()
 
 
-def table(device, precision):
-    """[(mechanism, path taken, why)] for the start-up table."""
+def table(device, config):
+    """[(mechanism, path taken, why)] for the start-up table of a Config."""
     gpu = device.type == "cuda"
-    grouped = gpu and precision == "bf16"
+    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    grouped = gpu and dtype == torch.bfloat16
+    dims = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
+    small = gpu and has_triton()
     return [
-        ("attention", "torch SDPA", "cuDNN or flash kernel inside torch" if gpu else "torch's own CPU kernel"),
+        ("attention", *attention(device, dtype, dims)),
+        ("norm, RoPE", "Triton" if small else "torch",
+         "one pass over memory each" if small else "Triton is not installed" if gpu else "no Triton on this device"),
         ("experts", "F.grouped_mm" if grouped else "one product per busy expert",
          "BF16 on a GPU" if grouped else "grouped_mm wants BF16 on a GPU"),
-        ("generation", *decode_kernels(device, torch.bfloat16 if precision == "bf16" else torch.float32)),
+        ("generation", *decode_kernels(device, dtype)),
         ("optimizer", "torch AdamW", "fused" if device.type in ("cpu", "cuda") else "fused only on CPU and CUDA"),
     ]

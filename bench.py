@@ -6,6 +6,7 @@
     speculation drafted against plain generation (sample.py --speculate), on held-out text; --out_dir=RUN takes a run
                 that is there, of a context of 256 tokens, in place of training one
     decode      attention over the latent cache against torch.compile; tokens/s of generation (needs a GPU)
+    attention   training attention, norm, RoPE and recomputation on a GPU: python bench.py attention
     readme      put the results into the README's marked places, and draw its figures (needs matplotlib)
 
 Every section runs the commands that a user would run, each in a process of its own, and records the device, the
@@ -25,16 +26,19 @@ import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest import mock
 
 import torch
 
+import backend
 import configs
+import mla
 import sample
 from backend import has_triton, use_graph
 from configs import UserError
 from data import documents, split
 from mla import LatentCache, decode_torch, decode_triton, quantize
-from model import V3
+from model import V3, Block
 from parallel import latest, read_state, write_atomic
 
 HERE = Path(__file__).resolve().parent
@@ -305,6 +309,8 @@ def speculation(options):
     record("speculation", "python bench.py speculation", prompts=len(prompts), tokens=tokens,
            config={"dim": v3.config.dim, "n_layers": v3.config.n_layers, "precision": v3.config.precision,
                    "steps": state["step"]}, plain_tokens_per_s=tokens / plain, modes=modes, data=state["data"])
+
+
 # --- decode: attention over the latent cache --------------------------------------------------------------------------
 
 def cache_per_token(c):
@@ -429,6 +435,142 @@ def decode(options):
     record("decode", "python bench.py decode", attention=decode_attention_bench(), generation=generation())
 
 
+# --- training attention on a GPU --------------------------------------------------------------------------------------
+
+def milliseconds(run):
+    """Median time of run() on the GPU, in ms."""
+    from triton.testing import do_bench
+    return do_bench(run, warmup=25, rep=100, return_mode="median")
+
+
+def forward_backward(form, inputs, gradient):
+    """(forward ms, backward ms, peak bytes of one forward and backward, inputs included) of form(*inputs)."""
+    inputs = [t.detach().requires_grad_() for t in inputs]
+    backward_of = lambda out: milliseconds(lambda: torch.autograd.grad(out, inputs, gradient, retain_graph=True))
+    forward, backward = milliseconds(lambda: form(*inputs)), backward_of(form(*inputs))
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    torch.autograd.grad(form(*inputs), inputs, gradient)
+    return forward, backward, torch.cuda.max_memory_allocated() - before + sum(t.nbytes for t in inputs)
+
+
+def attention_shape(B, H, T, dims):
+    """Attention kernels alone, and from what the projections put out (q, kv and the one k_rope) to those gradients."""
+    d_n, d_r, d_v = dims
+    scale = (d_n + d_r) ** -0.5
+    random = lambda *shape: torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
+    q, kv, k_rope, dout = random(B, T, H, d_n + d_r), random(B, T, H, d_n + d_v), random(B, T, 1, d_r), \
+        random(B, T, H, d_v)
+    parts = (*q.split([d_n, d_r], -1), *kv.split([d_n, d_v], -1))
+    whole = [torch.cat(parts[:2], -1), torch.cat([parts[2], k_rope.expand_as(parts[1])], -1), parts[3]]
+    whole = [t.transpose(1, 2) for t in whole]
+    sdpa = lambda q, k, v: torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+
+    def block(form, split):
+        def run(q, kv, k_rope):
+            (q_nope, q_rope), (k_nope, v) = split(q, d_n), split(kv, d_n)
+            return form(q_nope, q_rope, k_nope, k_rope, v, scale)
+        return run
+
+    def sdpa_block(*inputs):
+        with cudnn():
+            return block(mla.attention_torch, lambda x, d: x.split([d, x.shape[-1] - d], -1))(*inputs)
+
+    def sdpa_kernel(*inputs):
+        with cudnn():
+            return sdpa(*inputs)
+
+    kernel = lambda *t: mla.attention_triton(*t, scale)
+    measured = {
+        "cuDNN, kernel": forward_backward(sdpa_kernel, whole, dout.transpose(1, 2)),
+        "Triton, kernel": forward_backward(kernel, (*parts[:3], k_rope, parts[3]), dout),
+        "cuDNN, block": forward_backward(sdpa_block, (q, kv, k_rope), dout),
+        "Triton, block": forward_backward(block(mla.attention_triton, mla.Split.apply), (q, kv, k_rope), dout),
+    }
+    flops = B * H * T * T * (d_n + d_r + d_v)                                          # half of the square, 2 a product
+    out = {"B": B, "H": H, "T": T, "dims": dims}
+    for name, (forward, backward, peak) in measured.items():
+        out[name] = {"forward_ms": forward, "backward_ms": backward, "forward_tflops": flops / forward / 1e9,
+                     "backward_tflops": 2.5 * flops / backward / 1e9, "peak_bytes": peak}
+    for what in ("kernel", "block"):
+        ours, theirs = measured[f"Triton, {what}"], measured[f"cuDNN, {what}"]
+        out[f"{what}, times cuDNN"] = {"forward": theirs[0] / ours[0], "backward": theirs[1] / ours[1],
+                                       "memory": ours[2] / theirs[2]}
+        print(f"B{B} H{H} T{T} {what}: forward {theirs[0] / ours[0]:.2f}x cuDNN ({ours[0]:.3f} ms, "
+              f"{flops / ours[0] / 1e9:.0f} TFLOP/s), backward {theirs[1] / ours[1]:.2f}x ({ours[1]:.3f} ms), "
+              f"memory {ours[2] / theirs[2]:.2f}x", flush=True)
+    return out
+
+
+def cudnn():
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    return sdpa_kernel([SDPBackend.CUDNN_ATTENTION])
+
+
+def small_ops():
+    """RMSNorm and RoPE: one kernel against torch eager and compiled, forward and backward, and the bytes kept."""
+    def compare(name, forms, inputs, gradients):
+        row = {}
+        for path, form in forms.items():
+            forward, backward, peak = forward_backward(form, inputs, gradients)
+            row[path] = {"forward_ms": forward, "backward_ms": backward, "peak_bytes": peak}
+        print(f"{name}: " + ", ".join(f"{p} {r['forward_ms']:.3f} + {r['backward_ms']:.3f} ms" for p, r in row.items()),
+              flush=True)
+        return row
+
+    random, out = lambda *shape: torch.randn(*shape, device="cuda", dtype=torch.bfloat16), {}
+    torch._functorch.config.donated_buffer = False                # a compiled backward may be timed again and again
+    plain = lambda x, w: torch.nn.functional.rms_norm(x.float(), w.shape, w, 1e-6).to(x.dtype)
+    norms = {"torch": lambda x, w: mla.rms_norm_torch(x, w, 1e-6), "compiled": torch.compile(plain),
+             "Triton": lambda x, w: mla.rms_norm_triton(x, w, 1e-6)}
+    for N, D in ((8192, 7168), (8192, 1024)):
+        inputs = random(N, D), torch.ones(D, device="cuda")
+        out[f"RMSNorm {N} x {D}"] = compare(f"RMSNorm {N} x {D}", norms, inputs, random(N, D))
+    T, H = 4096, 128
+    rope = torch.polar(torch.ones(T, 32, device="cuda"), torch.rand(T, 32, device="cuda"))
+    turn = lambda form: lambda x: form(x * 1, H, rope)            # x * 1: in place on a tensor that the caller made
+    turns = {"torch": turn(mla.split_rope_torch), "compiled": torch.compile(turn(mla.split_rope_torch)),
+             "Triton": turn(mla.split_rope_triton)}
+    out["RoPE 4096 x 128, with a copy"] = compare("RoPE 4096 x 128, with a copy", turns, (random(1, T, H * 192),),
+                                                  random(1, T, H, 192).split([128, 64], -1))
+    return out
+
+
+def recomputation():
+    """Bytes that one attention layer of V3's dims keeps for backward (BF16, 4096 tokens), and its time."""
+    c, out = configs.load(["configs/v3_671b.py", "--seq_len=4096"]), {}
+    x = torch.randn(1, 4096, c.dim, device="cuda", dtype=torch.bfloat16)
+    rope = mla.rope_table(c)[:4096].cuda()
+    for name, changes, fused in (("torch norms and RoPE", {}, False), ("kernels", {}, True),
+                                 ("kernels, recompute_mla", {"recompute_mla": True}, True)):
+        with torch.device("meta"):
+            block = Block(c.replace(inter_dim=64, **changes), dense=True)
+        block = block.to_empty(device="cuda").to(torch.bfloat16)
+        for p in block.parameters():
+            torch.nn.init.normal_(p, std=0.02)
+        with mock.patch.object(backend, "use_small_kernels", lambda x, fused=fused: fused):
+            step = lambda: torch.autograd.backward(block.attention(x.requires_grad_(), rope), (x, x))        # noqa: B023
+            step()
+            before = torch.cuda.memory_allocated()
+            h, y = block.attention(x, rope)
+            kept = torch.cuda.memory_allocated() - before - h.nbytes - y.nbytes
+            del h, y
+            out[name] = {"kept_bytes": kept, "ms": milliseconds(step)}
+        print(f"{name}: keeps {kept / 2**20:.0f} MiB, forward and backward {out[name]['ms']:.2f} ms", flush=True)
+    return out
+
+
+def attention(options):
+    path, why = backend.attention(torch.device("cuda" if torch.cuda.is_available() else "cpu"), torch.bfloat16,
+                                  (128, 64, 128))
+    if path != "Triton":
+        raise UserError(f"bench.py attention: a Hopper GPU with Triton is needed ({why})")
+    shapes = [attention_shape(*shape, (128, 64, 128)) for shape in ((1, 128, 4096), (4, 16, 2048))]
+    record("attention", "python bench.py attention", shapes=shapes, small_ops=small_ops(),
+           recomputation=recomputation())
+
+
 # --- the README -------------------------------------------------------------------------------------------------------
 
 def load(section):
@@ -538,7 +680,7 @@ def readme(options):
     figure.savefig(RESULTS / "cache.png", dpi=110)
 
 SECTIONS = {"tiny": tiny, "char": char, "ablations": ablations, "speculation": speculation,
-            "decode": decode, "readme": readme}
+            "attention": attention, "decode": decode, "readme": readme}
 
 
 def main(argv):

@@ -88,9 +88,16 @@ class Block(nn.Module):
         self.attn = MLA(c)
         self.ffn_norm = RMSNorm(c.dim, c.norm_eps)
         self.ffn = FFN(c.dim, c.inter_dim) if dense else MoE(c)
+        self.recompute_mla = c.recompute_mla
 
-    def attention(self, x, rope, **cache):
-        h = x + self.attn(self.attn_norm(x), rope, **cache)
+    def attention(self, x, rope, **more):
+        if self.recompute_mla and self.training and torch.is_grad_enabled():
+            # Norms, latents, queries, keys and values are made again in backward (section 3.2.3); attention's own
+            # output waits in `kept`, and the last product is not reached: checkpoint stops once it has what it needs.
+            kept = []
+            h = x + checkpoint(lambda x: self.attn(self.attn_norm(x), rope, kept=kept, **more), x, use_reentrant=False)
+        else:
+            h = x + self.attn(self.attn_norm(x), rope, **more)
         return h, self.ffn_norm(h)
 
     def dispatch(self, x):

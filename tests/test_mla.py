@@ -6,7 +6,7 @@ import torch
 from conftest import YARN, agree, lively, tiny
 
 import configs
-from mla import MLA, LatentCache, RMSNorm, apply_rope, attention_naive, decode_torch, rope_table
+from mla import MLA, LatentCache, RMSNorm, apply_rope, attention_torch, decode_torch, rope_table
 
 VARIANTS = pytest.mark.parametrize("changes", [dict(), dict(q_lora_rank=14), dict(q_lora_rank=14, **YARN)],
                                    ids=["q direct", "q latent", "q latent, YaRN"])
@@ -190,7 +190,7 @@ def test_absorption_is_an_identity_of_the_formulas_themselves():
     rand = lambda *shape: torch.randn(*shape, dtype=torch.float64)
     q_nope, q_rope, c_kv, k_rope = rand(B, T, H, d_n), rand(B, T, H, d_r), rand(B, T, r_kv), rand(B, T, d_r)
     w_uk, w_uv = rand(H, d_n, r_kv), rand(H, d_v, r_kv)
-    naive = attention_naive(q_nope, q_rope, torch.einsum("hnr,btr->bthn", w_uk, c_kv), k_rope.unsqueeze(2),
+    naive = attention_torch(q_nope, q_rope, torch.einsum("hnr,btr->bthn", w_uk, c_kv), k_rope.unsqueeze(2),
                             torch.einsum("hvr,btr->bthv", w_uv, c_kv), 0.3)
     latent = decode_torch(torch.einsum("bthn,hnr->bthr", q_nope, w_uk), q_rope, torch.cat([c_kv, k_rope], -1),
                                 torch.arange(T).expand(B, T), 0.3)
@@ -278,9 +278,9 @@ def test_the_last_queries_over_all_keys_are_the_tail_of_the_whole():
     B, S, H, d_n, d_r, d_v = 2, 9, 3, 24, 10, 20
     shapes = (B, S, H, d_n), (B, S, H, d_r), (B, S, H, d_n), (B, S, 1, d_r), (B, S, H, d_v)
     q_nope, q_rope, k_nope, k_rope, v = (torch.randn(*shape, dtype=torch.float64) for shape in shapes)
-    whole = attention_naive(q_nope, q_rope, k_nope, k_rope, v, 0.2)
+    whole = attention_torch(q_nope, q_rope, k_nope, k_rope, v, 0.2)
     for T in (1, 4, 8):
-        agree(attention_naive(q_nope[:, -T:], q_rope[:, -T:], k_nope, k_rope, v, 0.2), whole[:, -T:], 1e-12)
+        agree(attention_torch(q_nope[:, -T:], q_rope[:, -T:], k_nope, k_rope, v, 0.2), whole[:, -T:], 1e-12)
 
 
 def test_a_later_piece_of_a_prompt_is_naive_where_it_has_many_queries_and_absorbed_where_it_has_few():

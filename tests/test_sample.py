@@ -116,12 +116,12 @@ def test_greedy_generation_with_the_cache_is_recomputing_the_whole_sequence_for_
 
 def test_prefill_is_naive_and_every_token_after_it_is_absorbed(monkeypatch):
     v3, calls = build().eval(), []
-    for form in ("attention_naive", "decode"):
+    for form in ("attention", "decode"):
         original = getattr(mla, form)
         monkeypatch.setattr(mla, form, lambda q, *rest, form=form, original=original:
                             calls.append((form, q.shape[1])) or original(q, *rest))
     greedy(v3, prompts_of(5), 3)
-    assert calls == [("attention_naive", 5)] * 3 + [("decode", 1)] * 6          # 3 layers
+    assert calls == [("attention", 5)] * 3 + [("decode", 1)] * 6                        # 3 layers
 
 
 def test_a_batch_of_ragged_prompts_gives_what_each_prompt_gives_alone():

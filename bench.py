@@ -189,7 +189,8 @@ def char(options):
         runs.append({"nanogpt_seconds": theirs, "nanogpt_loss": target, "seconds": ours,
                      "step": ours and reached[1]["step"], "ratio": ours and ours / theirs,
                      "final_loss": evals[-1]["val_bpb"] * math.log(2)})
-    record("char", f"python bench.py char --data={Path(data).name} --nanogpt={Path(clone).name}", runs=runs, data=state["data"],
+    command = f"python bench.py char --data={Path(data).name} --nanogpt={Path(clone).name}"
+    record("char", command, runs=runs, data=state["data"],
            losses=checkpoints_of(rows), evals=[[e["step"], e["val_bpb"] * math.log(2)] for e in evals])
 
 

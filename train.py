@@ -110,7 +110,7 @@ def model_config(c, argv):
     given = [arg[2:].partition("=")[0] for arg in argv[1:]]
     for key in given:
         if key in fields[:first] and key != "n_mtp" or key == "tokenizer":
-            raise UserError(f"--{key}: the model and its tokenizer are those of --init_from={c.init_from}; leave it out")
+            raise UserError(f"--{key}: model and tokenizer are those of --init_from={c.init_from}; leave it out")
     run = {f: getattr(c, f) for f in fields[first:]}
     run["tokenizer"] = str(Path(c.init_from) / "tokenizer.json")
     if "n_mtp" in given:

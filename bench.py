@@ -582,6 +582,7 @@ def load(section):
 def tables():
     """{name of a marked place in the README: its text}, from the committed results."""
     t, c, a, d, s = load("tiny"), load("char"), load("ablations"), load("decode"), load("speculation")
+    attention = load("attention")
     mean = lambda runs, key: statistics.mean(r[key] for r in runs)
     spread = lambda runs, key: statistics.stdev(r[key] for r in runs) if len(runs) > 1 else 0.0
     vio = lambda runs: f"{mean(runs, 'max_vio'):.2f}" if mean(runs, "max_vio") else "-"
@@ -615,6 +616,16 @@ def tables():
             *(f"| {name} | {mean(v['runs'], 'val_loss'):.4f} ± {spread(v['runs'], 'val_loss'):.4f} | "
               f"{vio(v['runs'])} | {mean(v['runs'], 'seconds'):.0f} |"
               for name, v in a["variants"].items())])
+    if attention:
+        cell = lambda r, way: " | ".join(f"{r['Triton, ' + way][key + '_ms']:.2f} ({r[way + ', times cuDNN'][key]:.2f}x)"
+                                         for key in ("forward", "backward"))
+        out["attention"] = "\n".join([
+            "| batch, heads, tokens | forward, ms | backward, ms | kernel alone: forward | backward | memory of the block |",
+            "|---|---|---|---|---|---|",
+            *(f"| {r['B']}, {r['H']}, {r['T']:,} | {cell(r, 'block')} | {cell(r, 'kernel')} | "
+              f"{r['block, times cuDNN']['memory']:.2f}x |" for r in attention["shapes"]), "",
+            f"{attention['gpu']}, dims {'/'.join(map(str, attention['shapes'][0]['dims']))}, BF16. In brackets: speed "
+            f"against cuDNN, and its memory."])
     if d:
         shapes, error = d["attention"]["shapes"], d["attention"]["error"]
         out["decode"] = "\n".join([

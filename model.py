@@ -256,7 +256,7 @@ class V3(nn.Module):
             routings += [routing] if routing else []
         head = self.head.weight if torch.is_grad_enabled() else self.head.weight.detach()     # evaluation: no gradients
         if c.bf16_head and torch.is_grad_enabled() and backend.fast_bf16(h.device):
-            states = [h.to(torch.bfloat16) for h in states]            # a small model's largest products, in half the time
+            states = [h.to(torch.bfloat16) for h in states]             # the largest products of a small model
         losses = [CrossEntropy.apply(h.flatten(0, 1), head, targets[:, k + 1:T + k + 1].flatten()) / max(n, 1)
                   for k, (h, n) in enumerate(zip(states, counts))]
         main, mtp = losses[0], sum(losses[1:]) / max(c.n_mtp, 1)

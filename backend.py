@@ -5,6 +5,7 @@ choice is made here, from what the tensors are (device, dtype), never from a glo
 prints at its start says what was chosen and why, so that no fallback is silent.
 """
 import ctypes
+import functools
 import importlib.util
 import os
 import platform
@@ -48,8 +49,47 @@ def peak_flops(device, precision):
     return next((peak for key, peak in PEAK_BF16.items() if key in name), None)
 
 
+@functools.cache
 def has_triton():
     return importlib.util.find_spec("triton") is not None
+
+
+def latent_decode(device, dtype, r_kv, d_r):
+    """(path, why) of attention over the latent cache: 'Triton' or 'torch'."""
+    if device.type != "cuda" or not has_triton():
+        return "torch", "no Triton here" if device.type == "cuda" else "no GPU"
+    if torch.cuda.get_device_capability(device)[0] != 9:
+        return "torch", "the kernel's tiles are made for Hopper"
+    if dtype != torch.bfloat16:
+        return "torch", "the kernel takes BF16"
+    if any(d & d - 1 or d < 16 for d in (r_kv, d_r)) or r_kv > 512:
+        return "torch", f"r_kv = {r_kv} and d_r = {d_r} are not both powers of two from 16 to 512"
+    return "Triton", "one read of the cache for all heads, split over the sequence"
+
+
+def multiprocessors(device):
+    """How many programs a kernel needs to use all of the device."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def attention(device, dtype, dims):
+    """(path, why) of training attention for head dims (d_n, d_r, d_v): 'Triton' or 'torch SDPA'."""
+    if device.type != "cuda":
+        return "torch SDPA", "torch's own CPU kernel" if device.type == "cpu" else "no Triton on this device"
+    if not has_triton():
+        return "torch SDPA", "Triton is not installed"
+    if torch.cuda.get_device_capability(device)[0] != 9:
+        return "torch SDPA", "the kernels' tiles are made for Hopper"
+    if dtype != torch.bfloat16:
+        return "torch SDPA", "the kernels take BF16"
+    if any(d & d - 1 or not 16 <= d <= most for d, most in zip(dims, (128, 64, 128))):
+        return "torch SDPA", f"d_n, d_r, d_v = {', '.join(map(str, dims))} are not powers of two, 16 to 128 (d_r: 64)"
+    return "Triton", "reads q, k_rope and v where they lie; cuDNN wants them concatenated and expanded"
+
+
+def use_small_kernels(x):
+    """RMSNorm and RoPE as one kernel each: Triton on a GPU, in float32 or less."""
+    return x.is_cuda and x.dtype != torch.float64 and has_triton()
 
 
 def native_bf16():
@@ -84,14 +124,83 @@ def use_grouped_mm(x):
     return x.is_cuda and x.dtype == torch.bfloat16
 
 
-def table(device, precision):
-    """[(mechanism, path taken, why)] for the start-up table."""
+def use_graph(config, x):
+    """Decoding as a CUDA graph: where no operation of a step waits for the host, which the loop over experts does."""
+    return x.is_cuda and config.precision == "bf16"
+
+
+def captured(step, state, generator=None):
+    """`step` as a CUDA graph: its hundreds of kernels are recorded once and started as one. A function that repeats
+    them and returns step's result, always in the same memory. state: the tensors that step changes, which it finds as
+    they are now; generator: what it draws from."""
+    before = [tensor.clone() for tensor in state]
+    step()                                                     # compile and allocate now, which can't be recorded
+    graph = torch.cuda.CUDAGraph()
+    if generator:
+        graph.register_generator_state(generator)
+    with torch.cuda.graph(graph):
+        out = step()
+    for tensor, value in zip(state, before):
+        tensor.copy_(value)
+    return lambda: graph.replay() or out
+
+
+def on_host(tensor):
+    """A function that gives the tensor as lists; where there is a GPU it waits for what is launched by now and not for
+    what is launched later."""
+    if not tensor.is_cuda:
+        return tensor.tolist
+    copy, made = tensor.to("cpu", non_blocking=True), torch.cuda.Event()
+    made.record()
+    return lambda: made.synchronize() or copy.tolist()
+
+
+def free_memory(device):
+    """Bytes that are free, on the GPU or in this machine; None where we can't tell."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo", encoding="utf-8") as f:
+            return next(int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):                                                       # not Linux
+        return None
+
+
+def decode_kernels(device, dtype):
+    """(path, why) of the gate, the experts and Linear where few tokens are generated: 'Triton' or 'torch'."""
+    if device.type != "cuda" or not has_triton():
+        return "torch", "Triton is not installed" if device.type == "cuda" else "no GPU"
+    if torch.cuda.get_device_capability(device)[0] < 8:
+        return "torch", "the kernels want an Ampere GPU or a later one"
+    if dtype == torch.float64:
+        return "torch", "the kernels sum in float32"
+    return "Triton", "few kernels to start, each weight read where it is"
+
+
+def use_decode_kernels(x, most):
+    """Whether x [..., D] is so few rows, at most `most`, that generation's kernels take it; they have no gradients."""
+    few = 0 < x.numel() <= most * x.shape[-1]
+    return few and not torch.is_grad_enabled() and decode_kernels(x.device, x.dtype)[0] == "Triton"
+
+
+def use_copied_experts(x, size):
+    """On a CPU: whether copying the weights of the chosen experts, `size` numbers, takes less than sorting the rows."""
+    return x.device.type == "cpu" and size <= 100_000 and not torch.is_grad_enabled()
+
+
+def table(device, config):
+    """[(mechanism, path taken, why)] for the start-up table of a Config."""
     gpu = device.type == "cuda"
-    grouped = gpu and precision == "bf16"
+    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    grouped = gpu and dtype == torch.bfloat16
+    dims = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
+    small = gpu and has_triton()
     return [
-        ("attention", "torch SDPA", "cuDNN or flash kernel inside torch" if gpu else "torch's own CPU kernel"),
+        ("attention", *attention(device, dtype, dims)),
+        ("norm, RoPE", "Triton" if small else "torch",
+         "one pass over memory each" if small else "Triton is not installed" if gpu else "no Triton on this device"),
         ("experts", "F.grouped_mm" if grouped else "one product per busy expert",
          "BF16 on a GPU" if grouped else "grouped_mm wants BF16 on a GPU"),
+        ("generation", *decode_kernels(device, dtype)),
         ("optimizer", "torch AdamW", "fused" if device.type in ("cpu", "cuda") else "fused only on CPU and CUDA"),
-        ("triton", "not used", "no kernel of this project needs it yet" if has_triton() else "not installed"),
     ]

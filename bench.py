@@ -32,6 +32,7 @@ import torch
 
 import backend
 import configs
+import dualpipe
 import mla
 import sample
 from backend import has_triton, use_graph
@@ -586,7 +587,7 @@ def tables():
     mean = lambda runs, key: statistics.mean(r[key] for r in runs)
     spread = lambda runs, key: statistics.stdev(r[key] for r in runs) if len(runs) > 1 else 0.0
     vio = lambda runs: f"{mean(runs, 'max_vio'):.2f}" if mean(runs, "max_vio") else "-"
-    out = {}
+    out = {"dualpipe": f"```\n{dualpipe.table(dualpipe.parse([]))}\n```"}
     if t:
         out["tiny"] = (
             f"| | |\n|---|---|\n| time, process start to last line | {t['seconds'] / 60:.1f} minutes "
@@ -690,6 +691,8 @@ def readme(options):
     axes.invert_yaxis()
     figure.tight_layout()
     figure.savefig(RESULTS / "cache.png", dpi=110)
+    call(["dualpipe.py", f"--png={RESULTS / 'dualpipe.png'}"], HERE)
+
 
 SECTIONS = {"tiny": tiny, "char": char, "ablations": ablations, "speculation": speculation,
             "attention": attention, "decode": decode, "readme": readme}

@@ -389,7 +389,7 @@ def attention_torch(q_nope, q_rope, k_nope, k_rope, v, scale, starts=None):
 
 def document_starts(tokens, eos):
     """Where each token's document begins, for documents packed one after the other, each ended by `eos`: tokens
-    [B, T] -> int32 [B, T]."""
+    [B, T] -> int32 [B, T]. Pre-training masks nothing (section 4.1); fine-tuning's samples must not see each other."""
     index = torch.arange(tokens.shape[1], dtype=torch.int32, device=tokens.device)
     first = torch.where(tokens[:, :-1] == eos, index[1:], 0)
     return F.pad(first, (1, 0)).cummax(1).values
@@ -430,7 +430,14 @@ if backend.has_triton():
     def attend(n0, rows, first, q_nope, q_rope, k_nope, k_rope, v, b, at_k, at_v, acc, p, alpha, top, total, scale,
                BN: tl.constexpr, MASKED: tl.constexpr, DOCS: tl.constexpr):
         """One tile of keys, n0 and up: its scores; the output of the tile before (n0 + BN), whose p is at hand; then
-        the running softmax, with `top` the largest score of each row so far and `total` its sum."""
+        the running softmax, with `top` the largest score of each row so far and `total` its sum.
+
+            tile    n0 + BN          n0               n0 - BN
+            scores  S  softmax -> p  S  softmax -> p  S ...
+            output                   P V of n0 + BN   P V of n0 ...           beside the softmax, not before it
+
+        The first call finds p = 0, so whatever lies behind the diagonal adds nothing; the caller multiplies the last.
+        """
         k_nope = k_nope.load([b, n0, at_k]).reshape(BN, q_nope.shape[1])
         k_rope = k_rope.load([b, n0, 0]).reshape(BN, q_rope.shape[1])
         v = v.load([b, n0 + BN, at_v]).reshape(BN, acc.shape[1])
@@ -712,13 +719,13 @@ if backend.has_triton():
             k_rope += row * k_row
             for s in tl.range(start, end, BLOCK_S, num_stages=STAGES):
                 keys = s + tl.arange(0, BLOCK_S)
-                kept = (keys < end)[:, None]           # beyond it anything may lie, NaN too, and 0 * NaN is not 0
-                c = tl.load(c_kv + keys[:, None] * c_token + dims[None, :], mask=kept, other=0.0)       # [BLOCK_S, R]
-                k = tl.load(k_rope + keys[:, None] * k_token + turned[None, :], mask=kept, other=0.0)
+                inside = (keys < end)[:, None]           # beyond it anything may lie, NaN too, and 0 * NaN is not 0
+                c = tl.load(c_kv + keys[:, None] * c_token + dims[None, :], mask=inside, other=0.0)       # [BLOCK_S, R]
+                k = tl.load(k_rope + keys[:, None] * k_token + turned[None, :], mask=inside, other=0.0)
                 if tile_scale is not None:
                     k = k.to(query.dtype)
                     cells = tile_scale + row * s_row + keys[:, None] * s_token + tl.arange(0, TILES)[None, :]
-                    cells = tl.load(cells, mask=kept, other=0.0)[:, :, None]
+                    cells = tl.load(cells, mask=inside, other=0.0)[:, :, None]
                     c = tl.reshape(c.to(tl.float32), [BLOCK_S, TILES, R // TILES]) * cells
                     c = tl.reshape(c, [BLOCK_S, R]).to(query.dtype)
                 scores = tl.dot(query, c.T, tl.dot(query_rope, k.T)) * scale                  # [BLOCK_Q, BLOCK_S]

@@ -350,7 +350,7 @@ if backend.has_triton():
         """BLOCK_F hidden units of one row: weight * silu(w1 x) * w3 x."""
         r, f = tl.program_id(0), tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
         n, k = r // (K + S), r % (K + S)
-        e = tl.load(indices + n * K + k, mask=k < K, other=E - K + k)
+        e = tl.load(indices + n * K + k, mask=k < K, other=E - K + k)              # k = K, K+1, ...: E, E+1, ..., shared
         weight = tl.load(weights + n * K + k, mask=k < K, other=1.0)
         w1, w3 = up_weights(e, w13, shared, D, F, E, S)
         a = tl.zeros([BLOCK_F, BLOCK_D], tl.float32)
@@ -414,10 +414,10 @@ if backend.has_triton():
                 d = start + tl.arange(0, BLOCK_D)
                 rows = tl.load(x + n[:, None] * D + d[None, :], mask=(i < count)[:, None] & (d < D)[None, :], other=0.0)
                 at, inside = f[:, None] * D + d[None, :], (f < F)[:, None] & (d < D)[None, :]
-                up = tl.load(w1 + at, mask=inside, other=0.0).to(rows.dtype)
-                gate = tl.load(w3 + at, mask=inside, other=0.0).to(rows.dtype)
-                a = tl.dot(rows, up.T, a, input_precision="ieee")
-                b = tl.dot(rows, gate.T, b, input_precision="ieee")
+                gate = tl.load(w1 + at, mask=inside, other=0.0).to(rows.dtype)
+                up = tl.load(w3 + at, mask=inside, other=0.0).to(rows.dtype)
+                a = tl.dot(rows, gate.T, a, input_precision="ieee")
+                b = tl.dot(rows, up.T, b, input_precision="ieee")
             weight = tl.load(weights + n * K + k, mask=(i < count) & (k < K), other=1.0)
             h = a * tl.sigmoid(a) * b * weight[:, None]
             tl.store(hidden + r[:, None] * F + f[None, :], h, mask=(i < count)[:, None] & (f < F)[None, :])

@@ -124,7 +124,9 @@ class Batch:
         self.v3, self.sampling, self.generator, self.K = v3, sampling, generator, drafts
         self.prompts = torch.tensor([p + [0] * (T + 1 - len(p)) for p in prompts]).to(device)      # [B, T+1], padded
         self.lengths = torch.tensor([len(p) for p in prompts]).to(device)
-        self.end = self.lengths + steps - 2                    # cached tokens that the last one is written after
+        # A row's last token is drawn when all but two of its tokens are cached: the last one itself is never read, and
+        # the one before it goes in with the step that draws it.
+        self.end = self.lengths + steps - 2
         self.rows = torch.arange(B, device=device)
         self.cache = v3.cache(B, T + steps - 1, drafts)        # the last token is made and never read
         self.tokens = torch.zeros(B, 1 + drafts, dtype=torch.int64, device=device)
@@ -174,6 +176,7 @@ class Batch:
 
     def draft(self, h, new, count):
         """Keep count [B] of the tokens new [B, n], which follow the states h [B, n, D], and draft K tokens behind them.
+        The module's latents are one more layer of the same cache, at the places of h: one count serves both models.
 
         The MTP module reads h_i and t_{i+1} at position i and predicts t_{i+2}. The main model has no h yet for what
         comes after that: the module's own state, from which the same head predicts the same token, stands in for it.
@@ -191,7 +194,7 @@ class Batch:
                 probs = distribution(logits, *self.sampling)
                 self.q[:, k] = probs[:, 0]
             tokens.append(draw(probs, self.generator) if self.sampling[0] else logits.argmax(-1))
-        self.cache.advance(1 - self.K)                         # drafts are not text
+        self.cache.advance(1 - self.K)                         # the K - 1 places that drafting went on are not text
         torch.cat(tokens, 1, out=self.tokens)
 
     def graph(self, step):

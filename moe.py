@@ -350,7 +350,7 @@ if backend.has_triton():
         """BLOCK_F hidden units of one row: weight * silu(w1 x) * w3 x."""
         r, f = tl.program_id(0), tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
         n, k = r // (K + S), r % (K + S)
-        e = tl.load(indices + n * K + k, mask=k < K, other=E - K + k)              # k = K, K+1, ...: E, E+1, ..., shared
+        e = tl.load(indices + n * K + k, mask=k < K, other=E - K + k)             # k = K, K+1, ...: E, E+1, ..., shared
         weight = tl.load(weights + n * K + k, mask=k < K, other=1.0)
         w1, w3 = up_weights(e, w13, shared, D, F, E, S)
         a = tl.zeros([BLOCK_F, BLOCK_D], tl.float32)

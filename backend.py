@@ -108,14 +108,29 @@ def use_copied_experts(x, size):
     return x.device.type == "cpu" and size <= 100_000 and not torch.is_grad_enabled()
 
 
-def table(device, precision):
+def fp8_kernels(device):
+    """(path, why) of FP8's products: 'Triton' or 'torch'."""
+    if device.type != "cuda":
+        return "torch", "no GPU"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 9):
+        return "torch", f"{torch.cuda.get_device_name(device)} has no FP8: compute capability {capability[0]}." \
+                        f"{capability[1]}, and 8.9 is the first that does"
+    return ("Triton", "the GPU has FP8") if has_triton() else ("torch", "Triton is not installed")
+
+
+def table(device, precision, moments="fp32"):
     """[(mechanism, path taken, why)] for the start-up table."""
     gpu = device.type == "cuda"
-    grouped = gpu and precision == "bf16"
+    grouped, fp8 = gpu and precision == "bf16", precision.startswith("fp8")
+    fused = moments == "fp32" and device.type in ("cpu", "cuda")
     return [
         ("attention", "torch SDPA", "cuDNN or flash kernel inside torch" if gpu else "torch's own CPU kernel"),
+        *([("FP8", *(("torch", "the reference was asked for") if precision == "fp8_reference" else
+                     fp8_kernels(device)))] if fp8 else []),
         ("experts", "F.grouped_mm" if grouped else "one product per busy expert",
-         "BF16 on a GPU" if grouped else "grouped_mm wants BF16 on a GPU"),
-        ("generation", *decode_kernels(device, torch.bfloat16 if precision == "bf16" else torch.float32)),
-        ("optimizer", "torch AdamW", "fused" if device.type in ("cpu", "cuda") else "fused only on CPU and CUDA"),
+         "FP8" if fp8 else "BF16 on a GPU" if grouped else "grouped_mm wants BF16 on a GPU"),
+        ("generation", *decode_kernels(device, torch.float32 if precision == "fp32" else torch.bfloat16)),
+        ("optimizer", "torch AdamW" if moments == "fp32" else "AdamW of fp8.py",
+         "fused" if fused else "fused only on CPU and CUDA" if moments == "fp32" else "BF16 moments"),
     ]

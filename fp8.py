@@ -1,15 +1,43 @@
-"""Linear: the one matrix product with a weight that every layer of the model goes through.
+"""FP8 training: the three products of a Linear in 8 bits, with a scale for every 128 numbers (section 3.3).
 
-The weights are kept in FP32 (they are the optimizer's master copy); the product runs in the dtype of the activations
-that come in, so one cast here decides the precision of the whole model, and the gradient of that cast hands an FP32
-gradient back to the weight. In V3 (section 3.3) all three products of a Linear run in FP8 with fine-grained scales,
+The problem. A tensor core multiplies FP8 numbers twice as fast as BF16 ones, and they take half the memory. But E4M3
+has 4 bits of exponent and 3 of mantissa: it reaches from 2^-9 to 448, with a relative error of up to 6%. Scaled by the
+largest value of a whole tensor, one outlier presses everything else into the zeros. V3 (3.3.2) gives every 128 numbers
+a scale of their own:
 
-    Fprop  y  = x  W^T        x  [N, in]    W [out, in]
-    Dgrad  dx = dy W          dy [N, out]
-    Wgrad  dW = dy^T x
+    activations, gradients    one scale per 1 x 128 tile: one row (token), 128 columns (channels)
+    weights                   one scale per 128 x 128 block
 
-and because there is one Linear, there is one place for that.
+    scale = max|x| / 448,     values = round(x / scale) in E4M3,     x = values * scale
+
+A product contracts over the dim that its operands' scales are cut along, so that of every 128 products one factor can
+be taken out, and has to be: Hopper's tensor cores keep about 14 bits of a running sum. So after each 128 of K the sum
+is promoted: multiplied by the two scales and added up in FP32 (3.3.2, figure 7b).
+
+A Linear (figure 6), x [N, in], W [out, in], dy [N, out]; x, y, dx are BF16, W and dW FP32:
+
+    Fprop   y  = x  W^T     x  in 1x128 along in      W   in 128x128
+    Dgrad   dx = dy W       dy in 1x128 along out     W^T in 128x128: the same bytes, read the other way
+    Wgrad   dW = dy^T x     both along the tokens: 128x1 tiles, that is the transposes dy^T [out, N], x^T [in, N]
+                            in 1x128. Quantized anew: scales along the channels can't be taken out of this sum
+
+What Wgrad needs of the forward pass is kept in FP8 as well (3.3.3): the input of a Linear, from which the 128x1 tiles
+are made in backward; of an FFN's second Linear the input of the SwiGLU, whose output is made again. The input of the
+Linear after attention is kept in a format of 12 bits, E5M6, since attention's own backward needs it too; all its scales
+are powers of two, so that going from 1x128 to 128x1 tiles only moves exponents.
+
+In high precision stay the embedding, the head, the gates, the norms and attention itself (3.3.1). The optimizer's FP32
+weights are the masters: they are quantized once per step, not once per micro-batch. AdamW's moments are BF16.
+
+Shapes: N tokens (rows), M x K times N x K in a product, E experts. In tiles: m = ceil(M/128), k = ceil(K/128); the last
+tile of a ragged dim is smaller, as in the released checkpoints.
+Defined for bad numbers: a tile's scale is at least 2^-126 (a tile of zeros divides by no zero), and a tile that holds a
+NaN or an infinity gets the scale NaN: all of it reads as NaN, and nothing saturates unseen.
+Simplified against V3: the layers that share an input (W_dq and W_dkv) quantize it each for itself; E5M6 is held in
+FP16, of which it is a subset: 16 bits where packing would take 12; attention recomputes nothing of its own.
 """
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -20,7 +48,226 @@ if backend.has_triton():
     import triton
     import triton.language as tl
 
+BLOCK = 128                                   # numbers along the contraction that share a scale
+
+
+# --- formats, tiles and scales ----------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Format:
+    """Floating point with a sign, some bits of exponent, and `mantissa` bits after the leading one."""
+    mantissa: int
+    lowest: int                               # exponent of the smallest normal number; below it the steps stay equal
+    largest: float
+    dtype: torch.dtype                        # of the tensors that hold it
+
+
+E4M3 = Format(3, -6, 448.0, torch.float8_e4m3fn)
+E5M6 = Format(6, -14, 65024.0, torch.float16)                          # 2^15 * (2 - 2^-6); FP16 less its last 4 bits
+LEAST = 2.0 ** -126                           # smallest scale: its reciprocal and what it multiplies stay finite
+
+
+@dataclass
+class Quantized:
+    """values [..., M, K] in 8 (or 12) bits, scale float32 [..., M or m, k]: per 1x128 tile or per 128x128 block."""
+    values: torch.Tensor
+    scale: torch.Tensor
+
+    def __getitem__(self, rows):
+        """Some rows of tiles, or one matrix of a stack of blocks."""
+        return Quantized(self.values[rows], self.scale[rows])
+
+    @property
+    def mT(self):
+        """The transpose, of blocks: the same bytes in another order."""
+        return Quantized(self.values.mT, self.scale.mT)
+
+    def dequantize(self):
+        """float32 [..., M, K]."""
+        M, K = self.values.shape[-2:]
+        scale = self.scale.repeat_interleave(BLOCK, -1)[..., :K]
+        if scale.shape[-2] < M:
+            scale = scale.repeat_interleave(BLOCK, -2)[..., :M, :]
+        return self.values.to(torch.float32) * scale
+
+
+def bits(x):
+    return x.view(torch.int32)
+
+
+def step_of(x, mantissa, lowest):
+    """The distance between neighbours of x (float32) in a format: 2^(exponent - mantissa). Made from the bits, as a
+    kernel does; pow and log2 are not exact on every machine."""
+    exponent = ((bits(x) >> 23 & 255) - 127).clamp_min(lowest)
+    return (exponent - mantissa + 127 << 23).view(torch.float32)
+
+
+def round_to(x, fmt):
+    """float32 -> the nearest number of the format, ties to even, still in float32; |x| at most fmt.largest."""
+    # 1.5 * 2^23 steps are so large that float32 itself has no digit left below one step, and rounds there.
+    large = 1.5 * 2**23 * step_of(x, fmt.mantissa, fmt.lowest)
+    return (x + large) - large
+
+
+def round_up(scale):
+    """The next power of two, from a normal float32: what the 8 bits of a UE8M0 scale can say."""
+    return (bits(scale) + 0x7FFFFF >> 23 << 23).view(torch.float32)
+
+
+def quantize_torch(x, rows=1, fmt=E4M3, pow2=False):
+    """x [..., M, K], any float dtype -> Quantized, with a scale for each tile of `rows` (1 or 128) x 128.
+
+    pow2: the scales are powers of two, rounded up before anything is divided by them. 128x1 tiles of a matrix are the
+    1x128 tiles of its transpose.
+    """
+    M, K = x.shape[-2:]
+    m, k = -(-M // rows), -(-K // BLOCK)
+    tiles = F.pad(x.to(torch.float32), (0, k * BLOCK - K, 0, m * rows - M))
+    tiles = tiles.unflatten(-1, (k, BLOCK)).unflatten(-3, (m, rows))                         # [..., m, rows, k, 128]
+    amax = tiles.abs().amax((-3, -1), keepdim=True)                                          # NaN if one of them is
+    # Divided by a tensor: a GPU would multiply by the reciprocal of a Python number, and round twice.
+    scale = (amax / torch.full_like(amax, fmt.largest)).clamp_min(LEAST)
+    scale = round_up(scale) if pow2 else scale
+    values = round_to((tiles * scale.reciprocal()).clamp(-fmt.largest, fmt.largest), fmt)
+    bad = ~amax.isfinite()
+    values = values.masked_fill(bad, 0).flatten(-2).flatten(-3, -2)[..., :M, :K].to(fmt.dtype)
+    return Quantized(values.contiguous(), scale.masked_fill(bad, torch.nan).squeeze((-3, -1)))
+
+
 # --- the product ------------------------------------------------------------------------------------------------------
+
+def dot_limited(a, b, y, kept=14):
+    """y [M, N] + a [M, K] b [N, K]^T as Hopper's tensor cores add up: 32 products and the sum so far are shifted to
+    the exponent of the largest of them, cut off below its `kept` bits, and added (3.3.2)."""
+    for start in range(0, a.shape[1], 32):
+        terms = a[:, None, start:start + 32] * b[None, :, start:start + 32]                   # [M, N, 32], exact
+        terms = torch.cat([y.unsqueeze(-1), terms], -1)
+        step = step_of(terms.abs().amax(-1, keepdim=True), kept - 1, -100)
+        y = ((terms / step).trunc() * step).sum(-1)
+    return y
+
+
+def gemm_torch(a, b, dtype=torch.float32, kept=None):
+    """a b^T -> [M, N] in `dtype`, with promotion to FP32 after each 128 of K (3.3.2).
+
+    a: Quantized [M, K] in 1x128; b: Quantized [N, K] in 128x128, or in 1x128 (Wgrad). kept: bits that the sums inside
+    128 keep, to see what the hardware does; None: float32.
+    """
+    M, N = len(a.values), len(b.values)
+    scale = b.scale if len(b.scale) == N else b.scale.repeat_interleave(BLOCK, 0)[:N]         # [N, k]
+    y = torch.zeros(M, N, dtype=torch.float32, device=a.values.device)
+    for k in range(a.scale.shape[1]):
+        x, w = (q.values[:, k * BLOCK:(k + 1) * BLOCK].to(torch.float32) for q in (a, b))
+        dot = x @ w.t() if kept is None else dot_limited(x, w, torch.zeros_like(y), kept)
+        y += dot * (a.scale[:, k, None] * scale[:, k])
+    return y.to(dtype)
+
+
+def quantize(x, pow2=False, reference=False):
+    """x [M, K] -> Quantized in 1x128 tiles."""
+    return quantize_torch(x, pow2=pow2)
+
+
+def quantize_columns(x, pow2=False, reference=False):
+    """x [M, K], plain or Quantized in 1x128 tiles -> its 128x1 tiles, as the transpose: Quantized [K, M] in 1x128."""
+    return quantize_torch((x.dequantize() if isinstance(x, Quantized) else x).mT, pow2=pow2)
+
+
+def quantize_both(x, reference=False):
+    """x [M, K] -> (quantize, quantize_columns) of it: what Dgrad and Wgrad need of a gradient."""
+    return quantize_torch(x), quantize_torch(x.mT)
+
+
+def quantize_blocks(w, reference=False):
+    """w [E, out, in] -> (W [E, out, in], W^T [E, in, out]), Quantized in 128x128 blocks."""
+    w = quantize_torch(w, BLOCK)
+    return w, w.mT
+
+
+def gemm(a, b, dtype, reference=False):
+    """gemm_torch."""
+    return gemm_torch(a, b, dtype)
+
+
+# --- Fprop, Dgrad, Wgrad ----------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a Linear, or a stack of experts, runs in FP8."""
+    kept: Format = E4M3                       # in which its input waits for Wgrad
+    reference: bool = False                   # plain torch, also where the device has FP8
+
+    @property
+    def pow2(self):
+        return self.kept is E5M6
+
+
+def quantized(weight, reference):
+    """quantize_blocks of a parameter [out, in] or [E, out, in], made once per optimizer step: it stays with the
+    parameter until somebody writes to that."""
+    key = weight._version, weight.data_ptr(), reference
+    if getattr(weight, "fp8", (None,))[0] != key:
+        weight.fp8 = key, *quantize_blocks(weight.detach().view(-1, *weight.shape[-2:]), reference)
+    return weight.fp8[1:]
+
+
+def busy(ends):
+    """(expert, its rows) of each expert that has rows; ends: for each expert the end of its rows."""
+    return [(e, slice(start, end)) for e, (start, end) in enumerate(zip([0, *ends], ends)) if end > start]
+
+
+class Products(torch.autograd.Function):
+    """y_r = W_e before(x)_r for the rows r of expert e (figure 6), rows sorted by expert.
+
+    x [R, ...], weight float32 [E, out, in], or [out, in] for one expert with all the rows, ends: for each expert the
+    end of its rows -> [R, out] in x's dtype. before(x, *extra) -> [R, in] is made again in backward from what is kept
+    of x; None: x itself.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, ends, recipe, before, *extra):
+        a = quantize(before(x, *extra) if before else x, recipe.pow2, recipe.reference)
+        (w, _), y = quantized(weight, recipe.reference), x.new_empty(len(x), weight.shape[-2])
+        for e, rows in busy(ends):
+            y[rows] = gemm(a[rows], w[e], x.dtype, recipe.reference)
+        if any(ctx.needs_input_grad):
+            if recipe.kept is not E4M3:
+                a = quantize_torch(x, fmt=recipe.kept, pow2=recipe.pow2)
+            elif before:
+                a = quantize(x, recipe.pow2, recipe.reference)
+            ctx.save_for_backward(a.values, a.scale, weight, *extra)
+            ctx.ends, ctx.recipe, ctx.before = ends, recipe, before
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        values, scale, weight, *extra = ctx.saved_tensors
+        before, recipe, a = ctx.before, ctx.recipe, Quantized(values, scale)
+        if before:
+            inputs = [t.detach().requires_grad_() for t in (a.dequantize().to(dy.dtype), *extra)]
+            with torch.enable_grad():
+                a = before(*inputs)                                                           # [R, in]
+        (_, w), dy_columns, da = quantized(weight, recipe.reference), {}, dy.new_empty(len(dy), weight.shape[-1])
+        for e, rows in busy(ctx.ends):
+            dy8, dy_columns[e] = quantize_both(dy[rows], recipe.reference)
+            da[rows] = gemm(dy8, w[e], dy.dtype, recipe.reference)
+        dx, *d_extra = torch.autograd.grad(a, inputs, da) if before else [da]
+        a = a.detach() if before else a
+        return dx, weight_gradient(weight, dy_columns, a, ctx.ends, recipe), None, None, None, *d_extra
+
+
+def weight_gradient(weight, dy_columns, a, ends, recipe):
+    """Wgrad, dW_e = dy_e^T a_e: dy_columns {busy expert: Quantized [out, its rows]}, a [R, in], plain or Quantized in
+    1x128 tiles -> float32, of the weight's shape. An idle expert's is zero."""
+    dw = torch.zeros_like(weight)
+    stack = dw.view(-1, *weight.shape[-2:])
+    for e, rows in busy(ends):
+        columns = quantize_columns(a[rows], recipe.pow2, recipe.reference)                    # [in, its rows]
+        stack[e] = gemm(dy_columns[e], columns, weight.dtype, recipe.reference)
+    return dw
+
+
+# --- the product in high precision ------------------------------------------------------------------------------------
 
 def linear_torch(x, weight, dtype=None):
     """x W^T in `dtype` (None: x's): x [..., in], weight [out, in] -> [..., out]."""
@@ -68,12 +315,76 @@ def linear(x, weight):
     return (linear_triton if backend.use_decode_kernels(x, MAX_ROWS) else linear_torch)(x, weight)
 
 
+# --- Linear -----------------------------------------------------------------------------------------------------------
+
 class Linear(nn.Module):
-    """y = x W^T without bias: [..., in_features] -> [..., out_features], in x's dtype."""
+    """y = before(x) W^T without bias: [..., in_features] -> [..., out_features], in x's dtype.
+
+    The one matrix product with a weight that every layer goes through. The weight is FP32, the optimizer's master; the
+    product runs in the dtype of the activations that come in, or with a Recipe in FP8. `before` (SwiGLU) belongs to
+    the Linear so that FP8 can keep its input and make its output again.
+    """
 
     def __init__(self, in_features, out_features):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.recipe = None                    # a Recipe: FP8
 
-    def forward(self, x):
-        return linear(x, self.weight)
+    def forward(self, x, before=None):
+        if not self.recipe:
+            return linear(before(x) if before else x, self.weight)
+        rows = x.flatten(0, -2)                                                               # [N, ...]
+        y = Products.apply(rows, self.weight, [len(rows)], self.recipe, before)
+        return y.unflatten(0, x.shape[:-1])
+
+
+HIGH = {                                      # ends of names that stay in high precision (3.3.1), and why
+    "embed": "a lookup and no product", "norm": "a vector, no product", "gate": "near ties choose the experts",
+    "head": "the report keeps it", "eh_proj": "BF16 in the released checkpoint"}
+
+
+def convert(model, reference=False):
+    """Give every Linear and every stack of experts of `model` its Recipe, except those that HIGH names.
+
+    reference: plain torch, also where the device has FP8. Returns ([names converted], {name left: why}).
+    """
+    converted, left = [], {}
+    for name, module in model.named_modules():
+        why = next((why for end, why in HIGH.items() if name.endswith(end)), None)
+        if why and next(module.parameters(recurse=False), None) is not None:
+            left[name] = why
+        elif hasattr(module, "recipe"):
+            # The Linear after attention: attention's backward keeps the same tensor.
+            module.recipe = Recipe(E5M6 if name.endswith("wo") else E4M3, reference)
+            converted.append(name)
+    return converted, left
+
+
+# --- the optimizer's states -------------------------------------------------------------------------------------------
+
+class AdamW(torch.optim.Optimizer):
+    """AdamW with FP32 weights and moments of any dtype, BF16 in V3 (3.3.3): 2 + 2 bytes of moments per parameter.
+
+    The arithmetic is FP32; only what waits for the next step is rounded. With beta2 = 0.95 a moment changes by up to 5%
+    a step, far more than BF16's rounding of 0.4%; with the common 0.999 the second one would stop moving.
+    """
+
+    def __init__(self, params, lr, betas, eps, weight_decay=0.0):
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            beta1, beta2 = group["betas"]
+            params = [p for p in group["params"] if p.grad is not None]
+            for p in params:
+                state = self.state[p]
+                state["step"] += 1
+                t = float(state["step"])
+                m = state["exp_avg"].to(p.dtype).lerp_(p.grad, 1 - beta1)
+                v = state["exp_avg_sq"].to(p.dtype).mul_(beta2).addcmul_(p.grad, p.grad, value=1 - beta2)
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                state["exp_avg"].copy_(m)
+                state["exp_avg_sq"].copy_(v)
+                length = v.sqrt().div_((1 - beta2 ** t) ** 0.5).add_(group["eps"])
+                p.addcdiv_(m, length, value=-group["lr"] / (1 - beta1 ** t))

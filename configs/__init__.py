@@ -94,7 +94,9 @@ class Config:
 
     # --- the machine --------------------------------------------------------------------------------------------------
     device: str = param("auto", "where to run; auto = cuda, else mps, else cpu", choices=("auto", "cpu", "cuda", "mps"))
-    precision: str = param("fp32", "dtype of the matrix products; weights stay fp32", choices=("fp32", "bf16"))
+    precision: str = param("fp32", "of the matrix products; weights stay fp32; fp8 wants a GPU that has it, "
+                           "fp8_reference is the same on plain torch", choices=("fp32", "bf16", "fp8", "fp8_reference"))
+    moments: str = param("fp32", "dtype of AdamW's two moments", choices=("fp32", "bf16"))
     bf16_head: bool = param(False, "the head's products of the training loss in BF16, on a CPU that has it")
     recompute: bool = param(False, "recompute each block in backward instead of keeping its activations")
     compile: bool = param(False, "torch.compile the model")

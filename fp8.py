@@ -47,6 +47,7 @@ import backend
 if backend.has_triton():
     import triton
     import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
 
 BLOCK = 128                                   # numbers along the contraction that share a scale
 
@@ -163,30 +164,191 @@ def gemm_torch(a, b, dtype=torch.float32, kept=None):
     return y.to(dtype)
 
 
+# --- the kernels ------------------------------------------------------------------------------------------------------
+#
+# Hopper's FP8 tensor cores read both operands along K, from shared memory, where the descriptors' loads (TMA) put them:
+# so each operand is written K-major once, W^T and the 128x1 tiles too, and rows begin at multiples of 16 bytes.
+
+def empty(*shape, device):
+    """E4M3 [..., K] whose rows begin at multiples of 16 bytes."""
+    *lead, K = shape
+    return torch.empty(*lead, -(-K // 16) * 16, dtype=torch.float8_e4m3fn, device=device)[..., :K]
+
+
+if backend.has_triton():
+    @triton.jit
+    def scale_of(amax, POW2: tl.constexpr):
+        """The scale of a tile with the largest number amax, inf if one of them is none."""
+        scale = tl.maximum(tl.div_rn(amax, 448.0), 1.1754943508222875e-38)
+        if POW2:
+            scale = (((scale.to(tl.int32, bitcast=True) + 0x7FFFFF) >> 23) << 23).to(tl.float32, bitcast=True)
+        return tl.where(amax < float("inf"), scale, float("nan"))
+
+    @triton.jit
+    def to_e4m3(x, scale):
+        """x / scale in E4M3. Rounded before it is cast: a GPU's own cast would do, the interpreter's would not."""
+        x = tl.where(scale == scale, x * tl.div_rn(1.0, scale), 0.0)
+        x = tl.minimum(tl.maximum(x, -448.0), 448.0)
+        exponent = tl.maximum(((x.to(tl.int32, bitcast=True) >> 23) & 255) - 127, -6)
+        large = ((exponent - 3 + 127) << 23).to(tl.float32, bitcast=True) * 12582912.0
+        return ((x + large) - large).to(tl.float8e4nv)
+
+    @triton.jit
+    def quantize_kernel(x, x_scale, row, row_scale, column, column_scale, M, K, x_stride, x_scale_stride, row_stride,
+                        column_stride, FP8: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+                        POW2: tl.constexpr, BLOCK_M: tl.constexpr):
+        """BLOCK_M x 128 of x: read once, written in 1x128 tiles and (BLOCK_M = 128) transposed in 128x1 tiles."""
+        m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+        k = tl.program_id(1).to(tl.int64) * 128 + tl.arange(0, 128)
+        inside = (m < M)[:, None] & (k < K)[None, :]
+        tile = tl.load(x + m[:, None] * x_stride + k[None, :], mask=inside, other=0.0).to(tl.float32)
+        if FP8:
+            tile *= tl.load(x_scale + tl.program_id(1) * x_scale_stride + m, mask=m < M, other=0.0)[:, None]
+        size = tl.where(tile == tile, tl.abs(tile), float("inf"))
+        if ROWS:
+            scale = scale_of(tl.max(size, 1), POW2)
+            tl.store(row_scale + tl.program_id(1) * M + m, scale, mask=m < M)
+            tl.store(row + m[:, None] * row_stride + k[None, :], to_e4m3(tile, scale[:, None]), mask=inside)
+        if COLUMNS:
+            scale = scale_of(tl.max(size, 0), POW2)
+            tl.store(column_scale + tl.program_id(0) * K + k, scale, mask=k < K)
+            tl.store(column + k[:, None] * column_stride + m[None, :], to_e4m3(tile, scale[None, :]).T,
+                     mask=(k < K)[:, None] & (m < M)[None, :])
+
+    @triton.jit
+    def blocks_kernel(w, q, q_scale, t, t_scale, M, K, q_stride, t_stride):
+        """One 128x128 block of one of E matrices, and the same transposed."""
+        i, j, e = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+        m, k = i * 128 + tl.arange(0, 128), j * 128 + tl.arange(0, 128)
+        inside = (m < M)[:, None] & (k < K)[None, :]
+        block = tl.load(w + e * M * K + m.to(tl.int64)[:, None] * K + k[None, :], mask=inside, other=0.0).to(tl.float32)
+        scale = scale_of(tl.max(tl.where(block == block, tl.abs(block), float("inf"))), False)
+        block = to_e4m3(block, scale)
+        tl.store(q_scale + (e * tl.num_programs(0) + i) * tl.num_programs(1) + j, scale)
+        tl.store(t_scale + (e * tl.num_programs(1) + j) * tl.num_programs(0) + i, scale)
+        tl.store(q + e * M * q_stride + m.to(tl.int64)[:, None] * q_stride + k[None, :], block, mask=inside)
+        tl.store(t + e * K * t_stride + k.to(tl.int64)[:, None] * t_stride + m[None, :], block.T,
+                 mask=(k < K)[:, None] & (m < M)[None, :])
+
+    @triton.jit
+    def gemm_kernel(a, b, y, a_scale, b_scale, M, N, K, y_stride, a_scale_stride, b_scale_m, b_scale_k,
+                    BLOCKS: tl.constexpr, BLOCK_M: tl.constexpr, GROUP: tl.constexpr):
+        """BLOCK_M x 128 of y. A tile of 64 rows leaves room for three programs on a multiprocessor: while one scales
+        and adds, the others multiply. GROUP tiles of rows at a time walk over all columns, to find B in the cache."""
+        rows, columns = tl.cdiv(M, BLOCK_M), tl.cdiv(N, 128)
+        group = tl.program_id(0) // (GROUP * columns)
+        height = min(rows - group * GROUP, GROUP)
+        i = group * GROUP + tl.program_id(0) % (GROUP * columns) % height
+        j = tl.program_id(0) % (GROUP * columns) // height
+        m, n = i * BLOCK_M + tl.arange(0, BLOCK_M), j * 128 + tl.arange(0, 128)
+        total = tl.zeros([BLOCK_M, 128], tl.float32)
+        for k in tl.range(0, tl.cdiv(K, 128), num_stages=3):
+            dot = tl.dot(a.load([i * BLOCK_M, k * 128]), b.load([j * 128, k * 128]).T)
+            s = tl.load(a_scale + k * a_scale_stride + m, mask=m < M, other=0.0)
+            if BLOCKS:
+                total += dot * (s * tl.load(b_scale + j * b_scale_m + k * b_scale_k))[:, None]
+            else:
+                t = tl.load(b_scale + k * b_scale_k + n, mask=n < N, other=0.0)
+                total += dot * (s[:, None] * t[None, :])
+        tl.store(y + m.to(tl.int64)[:, None] * y_stride + n[None, :], total, mask=(m < M)[:, None] & (n < N)[None, :])
+
+
+def quantize_triton(x, pow2=False, rows=True, columns=False):
+    """x [M, K], plain or Quantized in 1x128 -> (its 1x128 tiles or None, its 128x1 tiles as the transpose or None), in
+    one pass over x. The bits are quantize_torch's."""
+    q = x if isinstance(x, Quantized) else None
+    x = q.values if q else x if x.stride(1) == 1 else x.contiguous()
+    (M, K), make = x.shape, lambda *shape: torch.empty(*shape, dtype=torch.float32, device=x.device)
+    m, k, BLOCK_M = triton.cdiv(M, BLOCK), triton.cdiv(K, BLOCK), BLOCK if columns else 32
+    row = Quantized(empty(M, K, device=x.device), make(k, M).t()) if rows else None
+    column = Quantized(empty(K, M, device=x.device), make(m, K).t()) if columns else None
+    r, c, s = row or column, column or row, q.scale if q else x            # what is not asked for is not written
+    quantize_kernel[triton.cdiv(M, BLOCK_M), k](
+        x, s, r.values, r.scale, c.values, c.scale, M, K, x.stride(0), s.stride(1), r.values.stride(0),
+        c.values.stride(0), q is not None, rows, columns, pow2, BLOCK_M, num_warps=8 if columns else 4)
+    return row, column
+
+
+def blocks_triton(w):
+    """w [E, out, in] -> (W, W^T) in 128x128 blocks; the bits are quantize_torch's."""
+    (E, M, K), w = w.shape, w.contiguous()
+    m, k, make = triton.cdiv(M, BLOCK), triton.cdiv(K, BLOCK), lambda *shape: torch.empty(*shape, device=w.device)
+    q, t = Quantized(empty(E, M, K, device=w.device), make(E, m, k)), Quantized(empty(E, K, M, device=w.device),
+                                                                                make(E, k, m))
+    blocks_kernel[m, k, E](w, q.values, q.scale, t.values, t.scale, M, K, q.values.stride(1), t.values.stride(1),
+                           num_warps=8)
+    return q, t
+
+
+def gemm_triton(a, b, y):
+    """gemm_torch into y [M, N]; the operands' rows begin at multiples of 16 bytes (quantize_triton, blocks_triton)."""
+    (M, K), N, BLOCK_M = a.values.shape, len(b.values), 64
+    a8, b8 = (TensorDescriptor(q.values, list(q.values.shape), list(q.values.stride()), [rows, BLOCK])
+              for q, rows in ((a, BLOCK_M), (b, BLOCK)))
+    # One row of b is both a row and a block, and then either reading is right.
+    gemm_kernel[triton.cdiv(M, BLOCK_M) * triton.cdiv(N, BLOCK),](
+        a8, b8, y, a.scale, b.scale, M, N, K, y.stride(0), a.scale.stride(1), b.scale.stride(0), b.scale.stride(1),
+        len(b.scale) < N, BLOCK_M, GROUP=16, num_warps=4)
+    return y
+
+
+def takes_cublas(a, b, y):
+    """Whether cuBLASLt has the product: on Hopper, BF16 out, 1x128 x 128x128, whole blocks of N."""
+    (M, K), N = a.values.shape, len(b.values)
+    return torch.cuda.get_device_capability(y.device)[0] == 9 and y.dtype == torch.bfloat16 \
+        and len(b.scale) < N and M % 4 == 0 and K % 16 == 0 and N % BLOCK == 0
+
+
+def gemm_cublas(a, b, y):
+    """gemm_torch into y [M, N] BF16 by cuBLASLt, where takes_cublas says so. It wants the scales of a one row of tiles
+    after the other, those of b along K in multiples of four."""
+    k, tile, block = a.scale.shape[1], F.ScalingType.BlockWise1x128, F.ScalingType.BlockWise128x128
+    padded = -(-k // 4) * 4
+    b_scale = b.scale.new_empty(len(b.scale), padded).t()                                     # [padded k, n]
+    b_scale[:k] = b.scale.t()
+    y.copy_(F.scaled_mm(a.values, b.values.t(), a.scale.t().contiguous().t(), tile, b_scale, block,
+                        output_dtype=torch.bfloat16))
+    return y
+
+
+# --- which one runs ---------------------------------------------------------------------------------------------------
+
+def fast(x, reference):
+    return not reference and backend.fp8_kernels(x.device)[0] == "Triton"
+
+
 def quantize(x, pow2=False, reference=False):
     """x [M, K] -> Quantized in 1x128 tiles."""
-    return quantize_torch(x, pow2=pow2)
+    return quantize_triton(x, pow2)[0] if fast(x, reference) else quantize_torch(x, pow2=pow2)
 
 
 def quantize_columns(x, pow2=False, reference=False):
     """x [M, K], plain or Quantized in 1x128 tiles -> its 128x1 tiles, as the transpose: Quantized [K, M] in 1x128."""
-    return quantize_torch((x.dequantize() if isinstance(x, Quantized) else x).mT, pow2=pow2)
+    q = isinstance(x, Quantized)
+    if fast(x.values if q else x, reference):
+        return quantize_triton(x, pow2, rows=False, columns=True)[1]
+    return quantize_torch((x.dequantize() if q else x).mT, pow2=pow2)
 
 
 def quantize_both(x, reference=False):
     """x [M, K] -> (quantize, quantize_columns) of it: what Dgrad and Wgrad need of a gradient."""
-    return quantize_torch(x), quantize_torch(x.mT)
+    return quantize_triton(x, columns=True) if fast(x, reference) else (quantize_torch(x), quantize_torch(x.mT))
 
 
 def quantize_blocks(w, reference=False):
     """w [E, out, in] -> (W [E, out, in], W^T [E, in, out]), Quantized in 128x128 blocks."""
+    if fast(w, reference):
+        return blocks_triton(w)
     w = quantize_torch(w, BLOCK)
     return w, w.mT
 
 
-def gemm(a, b, dtype, reference=False):
-    """gemm_torch."""
-    return gemm_torch(a, b, dtype)
+def gemm(a, b, y, reference=False):
+    """gemm_torch into y [M, N], in y's dtype. At V3's shapes cuBLASLt reached 1016-1176 TFLOP/s on an H100 and a kernel
+    like ours 835-918, so cuBLASLt goes first where it has the product."""
+    if not fast(y, reference):
+        return y.copy_(gemm_torch(a, b, y.dtype))
+    return (gemm_cublas if takes_cublas(a, b, y) else gemm_triton)(a, b, y)
 
 
 # --- Fprop, Dgrad, Wgrad ----------------------------------------------------------------------------------------------
@@ -229,7 +391,7 @@ class Products(torch.autograd.Function):
         a = quantize(before(x, *extra) if before else x, recipe.pow2, recipe.reference)
         (w, _), y = quantized(weight, recipe.reference), x.new_empty(len(x), weight.shape[-2])
         for e, rows in busy(ends):
-            y[rows] = gemm(a[rows], w[e], x.dtype, recipe.reference)
+            gemm(a[rows], w[e], y[rows], recipe.reference)
         if any(ctx.needs_input_grad):
             if recipe.kept is not E4M3:
                 a = quantize_torch(x, fmt=recipe.kept, pow2=recipe.pow2)
@@ -250,7 +412,7 @@ class Products(torch.autograd.Function):
         (_, w), dy_columns, da = quantized(weight, recipe.reference), {}, dy.new_empty(len(dy), weight.shape[-1])
         for e, rows in busy(ctx.ends):
             dy8, dy_columns[e] = quantize_both(dy[rows], recipe.reference)
-            da[rows] = gemm(dy8, w[e], dy.dtype, recipe.reference)
+            gemm(dy8, w[e], da[rows], recipe.reference)
         dx, *d_extra = torch.autograd.grad(a, inputs, da) if before else [da]
         a = a.detach() if before else a
         return dx, weight_gradient(weight, dy_columns, a, ctx.ends, recipe), None, None, None, *d_extra
@@ -263,7 +425,7 @@ def weight_gradient(weight, dy_columns, a, ends, recipe):
     stack = dw.view(-1, *weight.shape[-2:])
     for e, rows in busy(ends):
         columns = quantize_columns(a[rows], recipe.pow2, recipe.reference)                    # [in, its rows]
-        stack[e] = gemm(dy_columns[e], columns, weight.dtype, recipe.reference)
+        gemm(dy_columns[e], columns, stack[e], recipe.reference)
     return dw
 
 

@@ -54,6 +54,44 @@ def has_triton():
     return importlib.util.find_spec("triton") is not None
 
 
+def latent_decode(device, dtype, r_kv, d_r):
+    """(path, why) of attention over the latent cache: 'Triton' or 'torch'."""
+    if device.type != "cuda" or not has_triton():
+        return "torch", "no Triton here" if device.type == "cuda" else "no GPU"
+    if torch.cuda.get_device_capability(device)[0] != 9:
+        return "torch", "the kernel's tiles are made for Hopper"
+    if dtype != torch.bfloat16:
+        return "torch", "the kernel takes BF16"
+    if any(d & d - 1 or d < 16 for d in (r_kv, d_r)) or r_kv > 512:
+        return "torch", f"r_kv = {r_kv} and d_r = {d_r} are not both powers of two from 16 to 512"
+    return "Triton", "one read of the cache for all heads, split over the sequence"
+
+
+def multiprocessors(device):
+    """How many programs a kernel needs to use all of the device."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def attention(device, dtype, dims):
+    """(path, why) of training attention for head dims (d_n, d_r, d_v): 'Triton' or 'torch SDPA'."""
+    if device.type != "cuda":
+        return "torch SDPA", "torch's own CPU kernel" if device.type == "cpu" else "no Triton on this device"
+    if not has_triton():
+        return "torch SDPA", "Triton is not installed"
+    if torch.cuda.get_device_capability(device)[0] != 9:
+        return "torch SDPA", "the kernels' tiles are made for Hopper"
+    if dtype != torch.bfloat16:
+        return "torch SDPA", "the kernels take BF16"
+    if any(d & d - 1 or not 16 <= d <= most for d, most in zip(dims, (128, 64, 128))):
+        return "torch SDPA", f"d_n, d_r, d_v = {', '.join(map(str, dims))} are not powers of two, 16 to 128 (d_r: 64)"
+    return "Triton", "reads q, k_rope and v where they lie; cuDNN wants them concatenated and expanded"
+
+
+def use_small_kernels(x):
+    """RMSNorm and RoPE as one kernel each: Triton on a GPU, in float32 or less."""
+    return x.is_cuda and x.dtype != torch.float64 and has_triton()
+
+
 def native_bf16():
     """Whether this CPU multiplies bfloat16 in hardware (AVX512-BF16 or AMX); elsewhere bf16 is slower than fp32."""
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -84,6 +122,48 @@ def peak_memory(device):
 def use_grouped_mm(x):
     """Experts as one grouped matrix product: on a GPU in BF16. On a CPU its backward is slower than a loop."""
     return x.is_cuda and x.dtype == torch.bfloat16
+
+
+def use_graph(config, x):
+    """Decoding as a CUDA graph: where no operation of a step waits for the host, which the loop over experts does."""
+    return x.is_cuda and config.precision == "bf16"
+
+
+def captured(step, state, generator=None):
+    """`step` as a CUDA graph: its hundreds of kernels are recorded once and started as one. A function that repeats
+    them and returns step's result, always in the same memory. state: the tensors that step changes, which it finds as
+    they are now; generator: what it draws from."""
+    before = [tensor.clone() for tensor in state]
+    step()                                                     # compile and allocate now, which can't be recorded
+    graph = torch.cuda.CUDAGraph()
+    if generator:
+        graph.register_generator_state(generator)
+    with torch.cuda.graph(graph):
+        out = step()
+    for tensor, value in zip(state, before):
+        tensor.copy_(value)
+    return lambda: graph.replay() or out
+
+
+def on_host(tensor):
+    """A function that gives the tensor as lists; where there is a GPU it waits for what is launched by now and not for
+    what is launched later."""
+    if not tensor.is_cuda:
+        return tensor.tolist
+    copy, made = tensor.to("cpu", non_blocking=True), torch.cuda.Event()
+    made.record()
+    return lambda: made.synchronize() or copy.tolist()
+
+
+def free_memory(device):
+    """Bytes that are free, on the GPU or in this machine; None where we can't tell."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo", encoding="utf-8") as f:
+            return next(int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):                                                       # not Linux
+        return None
 
 
 def decode_kernels(device, dtype):
@@ -119,18 +199,22 @@ def fp8_kernels(device):
     return ("Triton", "the GPU has FP8") if has_triton() else ("torch", "Triton is not installed")
 
 
-def table(device, precision, moments="fp32"):
-    """[(mechanism, path taken, why)] for the start-up table."""
+def table(device, config):
+    """[(mechanism, path taken, why)] for the start-up table of a Config."""
     gpu = device.type == "cuda"
-    grouped, fp8 = gpu and precision == "bf16", precision.startswith("fp8")
-    fused = moments == "fp32" and device.type in ("cpu", "cuda")
+    dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
+    grouped, fp8 = gpu and config.precision == "bf16", config.precision.startswith("fp8")
+    asked = ("torch", "the reference was asked for") if config.precision == "fp8_reference" else fp8_kernels(device)
+    dims = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
+    small = gpu and has_triton()
+    fused = "fused" if device.type in ("cpu", "cuda") else "fused only on CPU and CUDA"
     return [
-        ("attention", "torch SDPA", "cuDNN or flash kernel inside torch" if gpu else "torch's own CPU kernel"),
-        *([("FP8", *(("torch", "the reference was asked for") if precision == "fp8_reference" else
-                     fp8_kernels(device)))] if fp8 else []),
+        ("attention", *attention(device, dtype, dims)),
+        ("norm, RoPE", "Triton" if small else "torch",
+         "one pass over memory each" if small else "Triton is not installed" if gpu else "no Triton on this device"),
+        *([("FP8", *asked)] if fp8 else []),
         ("experts", "F.grouped_mm" if grouped else "one product per busy expert",
          "FP8" if fp8 else "BF16 on a GPU" if grouped else "grouped_mm wants BF16 on a GPU"),
-        ("generation", *decode_kernels(device, torch.float32 if precision == "fp32" else torch.bfloat16)),
-        ("optimizer", "torch AdamW" if moments == "fp32" else "AdamW of fp8.py",
-         "fused" if fused else "fused only on CPU and CUDA" if moments == "fp32" else "BF16 moments"),
+        ("generation", *decode_kernels(device, dtype)),
+        ("optimizer", *(("torch AdamW", fused) if config.moments == "fp32" else ("AdamW of fp8.py", "BF16 moments"))),
     ]

@@ -3,8 +3,11 @@
     tiny        the default job: python train.py config/tiny.py, as a user runs it
     char        time to nanoGPT's final loss: python bench.py char --data=FILE --nanogpt=CLONE
     ablations   MTP, balancing, dense against a mixture, on char: python bench.py ablations --data=FILE
-    decode      tokens/s of generation, against what the memory's bandwidth allows (needs a GPU)
-    readme      put the results into the README's marked places, and draw its figure (needs matplotlib)
+    speculation drafted against plain generation (sample.py --speculate), on held-out text; --out_dir=RUN takes a run
+                that is there, of a context of 256 tokens, in place of training one
+    decode      attention over the latent cache against torch.compile; tokens/s of generation (needs a GPU)
+    attention   training attention, norm, RoPE and recomputation on a GPU: python bench.py attention
+    readme      put the results into the README's marked places, and draw its figures (needs matplotlib)
 
 Every section runs the commands that a user would run, each in a process of its own, and records the device, the
 versions, the command and the date beside what came out.
@@ -20,16 +23,23 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest import mock
 
 import torch
 
+import backend
 import configs
+import mla
+import sample
+from backend import has_triton, use_graph
 from configs import UserError
-from model import V3
-from parallel import write_atomic
-from sample import cast, generate
+from data import documents, split
+from mla import LatentCache, decode_torch, decode_triton, quantize
+from model import V3, Block
+from parallel import latest, read_state, write_atomic
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
@@ -179,7 +189,8 @@ def char(options):
         runs.append({"nanogpt_seconds": theirs, "nanogpt_loss": target, "seconds": ours,
                      "step": ours and reached[1]["step"], "ratio": ours and ours / theirs,
                      "final_loss": evals[-1]["val_bpb"] * math.log(2)})
-    record("char", f"python bench.py char --data={Path(data).name} --nanogpt={Path(clone).name}", runs=runs, data=state["data"],
+    command = f"python bench.py char --data={Path(data).name} --nanogpt={Path(clone).name}"
+    record("char", command, runs=runs, data=state["data"],
            losses=checkpoints_of(rows), evals=[[e["step"], e["val_bpb"] * math.log(2)] for e in evals])
 
 
@@ -228,7 +239,152 @@ def ablations(options):
     record("ablations", f"python bench.py ablations --data={Path(data).name}", data=state["data"], variants=out)
 
 
-# --- decode: generation on a GPU --------------------------------------------------------------------------------------
+# --- speculation ------------------------------------------------------------------------------------------------------
+
+@torch.inference_mode()
+def parts_of_a_step(v3, prompt, drafts, repeats=48):
+    """Least milliseconds of a plain step, and of the two parts of a speculative one: the main model's forward pass over
+    the newest token and the drafts, and the drafting."""
+    def part(drafts, step):
+        batch = sample.Batch(v3, [prompt], repeats + 2, (0,), None, drafts)
+        batch.prefill()
+        h = v3.hidden(batch.tokens, batch.cache)[0]
+        kept = batch.tokens.clone(), torch.ones_like(batch.lengths)                      # a step's tokens: one stands
+        call = lambda: step(batch, h, *kept)
+        return batch.graph(call) if use_graph(v3.config, batch.tokens) else call
+
+    calls = {"plain": part(0, lambda batch, *_: batch.step()),
+             "main": part(drafts, lambda batch, *_: v3.logits(v3.hidden(batch.tokens, batch.cache)[0]).argmax(-1)),
+             "draft": part(drafts, lambda batch, *kept: batch.draft(*kept))}
+    times = {name: [] for name in calls}
+    for _ in range(repeats):
+        for name, call in calls.items():                       # in turn: what disturbs the machine disturbs all
+            began = time.perf_counter()
+            call()
+            if v3.embed.weight.is_cuda:
+                torch.cuda.synchronize()
+            times[name].append(1e3 * (time.perf_counter() - began))
+    return {name: min(t) for name, t in times.items()}
+
+
+def speculation(options):
+    """The first 64 bytes of each of 50 held-out documents and the 128 tokens behind them, greedily, one by one."""
+    with tempfile.TemporaryDirectory() as folder:
+        out_dir = options.get("out_dir", f"{folder}/run")
+        if "out_dir" not in options:                           # twice the default's context, for as many tokens a step
+            train("configs/tiny.py", "--seq_len=256", "--batch_size=16", "--micro_batch_size=16",
+                  f"--out_dir={out_dir}")
+        state = read_state(latest(out_dir))
+        v3, tokenizer, _ = sample.load(out_dir)
+    if not v3.mtp:
+        raise UserError(f"bench.py speculation: the model in {out_dir} has no MTP module to draft with (n_mtp is 0)")
+    _, held_out = split(documents(v3.config.data))
+    texts = [text for _, text in held_out[::max(1, len(held_out) // 50)]][:50]
+    prompts = [sample.encode(tokenizer, text.encode()[:64].decode(errors="ignore")) for text in texts]
+    if sample.room(v3.config, prompts) < 128:
+        raise UserError(f"bench.py speculation: the context of {out_dir}, {v3.config.context} tokens, is too short for "
+                        f"a prompt and 128 more; train with --seq_len=256")
+    if v3.embed.weight.device.type == "cpu":
+        torch.set_num_threads(1)                                                           # as sample.py does
+
+    def continued(prompt, drafts):
+        tally, began = Counter(), time.perf_counter()
+        (tokens,) = sample.generate(v3, [prompt], 128, temperature=0, drafts=drafts, tally=tally)
+        return tokens, time.perf_counter() - began, tally
+
+    most = 3
+    for drafts in range(most + 1):
+        continued(prompts[0], drafts)                                                      # warm
+    rows = [[continued(prompt, drafts) for drafts in range(most + 1)] for prompt in prompts]
+    tokens, plain = sum(len(row[0][0]) for row in rows), sum(row[0][1] for row in rows)
+    modes = []
+    for drafts in range(1, most + 1):
+        seconds, tally = sum(row[drafts][1] for row in rows), sum((row[drafts][2] for row in rows), Counter())
+        accepted, ms = tally["accepted"] / tally["forwards"], parts_of_a_step(v3, prompts[0], drafts)
+        modes.append({"drafts": drafts, "identical": sum(row[drafts][0] == row[0][0] for row in rows),
+                      "acceptance": accepted / drafts, "tokens_per_forward": 1 + accepted, "milliseconds": ms,
+                      "draft_over_plain": ms["draft"] / ms["plain"], "tokens_per_s": tokens / seconds,
+                      "speedup": plain / seconds,
+                      "of_ideal": plain / seconds / ((1 + accepted) / (1 + ms["draft"] / ms["plain"]))})
+        print(modes[-1], flush=True)
+    record("speculation", "python bench.py speculation", prompts=len(prompts), tokens=tokens,
+           config={"dim": v3.config.dim, "n_layers": v3.config.n_layers, "precision": v3.config.precision,
+                   "steps": state["step"]}, plain_tokens_per_s=tokens / plain, modes=modes, data=state["data"])
+
+
+# --- decode: attention over the latent cache --------------------------------------------------------------------------
+
+def cache_per_token(c):
+    """{kind of attention: bytes that the cache of a Config's shape holds for one token}, in BF16 where nothing is said.
+    MHA keeps keys and values of d_n = d_v dims for every head, GQA-8 for eight groups of heads."""
+    heads = lambda n: n * (c.qk_nope_head_dim + c.v_head_dim) * c.n_layers * 2
+    width, d_r = c.kv_lora_rank + c.qk_rope_head_dim, c.qk_rope_head_dim
+    latent = lambda dtype: LatentCache(c.n_layers, 1, 1, width, "meta", dtype, d_r).bytes_per_token
+    return {"MHA": heads(c.n_heads), "GQA-8": heads(8), "MLA": latent(torch.bfloat16),
+            "MLA, FP8": latent(torch.float8_e4m3fn)}
+
+
+def seconds(function, *args, graph=True):
+    """Median seconds of function(*args), L2 cold. With graph captured once and replayed, as generation does it: without
+    the host's launches, which are most of the time where the work is small."""
+    from triton.testing import do_bench
+    run = lambda: function(*args)
+    run()
+    if graph:
+        captured = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(captured):
+            run()
+        run = captured.replay
+    return do_bench(run, warmup=20, rep=100, return_mode="median") / 1e3
+
+
+def decode_inputs(B, H, S, T=1, r_kv=512, d_r=64):
+    """Random q_latent, q_rope, latents and positions of rows that all hold S tokens, V3's dims, in BF16."""
+    random = lambda *shape: torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
+    positions = torch.arange(S - T, S, device="cuda").expand(B, T).contiguous()
+    return 0.3 * random(B, T, H, r_kv), random(B, T, H, d_r), random(B, S, r_kv + d_r), positions
+
+
+def decode_attention_bench():
+    """The decode kernels against torch.compile of their torch form: time, bytes of cache and FLOPs per second; the
+    error of BF16 and of the FP8 cache against float64."""
+    if not torch.cuda.is_available() or not has_triton():
+        raise UserError("bench.py decode: needs a CUDA GPU and Triton")
+    scale, out = 192 ** -0.5, {"shapes": []}
+    out["copy_tb_s"] = 2 * 2 ** 30 / seconds(torch.clone, torch.empty(2 ** 30, dtype=torch.uint8, device="cuda")) / 1e12
+    for B, H, S, T in [(64, 16, 4096, 1), (64, 16, 32768, 1), (64, 128, 4096, 1), (1, 128, 32768, 1), (8, 16, 4096, 1),
+                       (64, 16, 4096, 2), (64, 16, 4096, 4)]:
+        torch.compiler.reset()
+        args, compiled = decode_inputs(B, H, S, T), torch.compile(decode_torch, dynamic=False)
+        packed = quantize(args[2], 64)
+        ours, theirs = seconds(decode_triton, *args, scale), seconds(compiled, *args, scale)
+        fp8 = seconds(decode_triton, *args[:2], packed, args[3], scale)
+        launched = [seconds(f, *args, scale, graph=False) * 1e6 for f in (decode_triton, compiled)]
+        row = {"batch": B, "heads": H, "tokens": S, "queries": T, "us": ours * 1e6, "compiled_us": theirs * 1e6,
+               "speedup": theirs / ours, "launched_us": launched[0], "compiled_launched_us": launched[1],
+               "fp8_us": fp8 * 1e6, "cache_tb_s": args[2].nbytes / ours / 1e12,
+               "tflops": 2 * B * S * T * H * (576 + 512) / ours / 1e12}
+        out["shapes"].append(row)
+        print(row, flush=True)
+        del args, packed
+
+    q_latent, q_rope, latents, _ = decode_inputs(64, 16, 4096)
+    lengths = torch.randint(1, 4096, (64, 1), generator=torch.Generator().manual_seed(1)).cuda()
+    ours = seconds(decode_triton, q_latent, q_rope, latents, lengths - 1, scale)
+    out["ragged"] = {"mean_tokens": lengths.float().mean().item(), "us": ours * 1e6,
+                     "cache_tb_s": int(lengths.sum()) * 1152 / ours / 1e12}
+
+    q_latent, q_rope, latents, positions = decode_inputs(4, 128, 2000)
+    packed = quantize(latents, 64)
+    exact = decode_torch(q_latent.double(), q_rope.double(), latents.double(), positions, scale)
+    error = lambda x: ((x.double() - exact).norm() / exact.norm()).item()
+    run = lambda form, cache: error(form(q_latent, q_rope, cache, positions, scale))
+    out["error"] = {"torch": run(decode_torch, latents), "triton": run(decode_triton, latents),
+                    "torch_fp8": run(decode_torch, packed), "triton_fp8": run(decode_triton, packed),
+                    "fp8_in_float64": error(decode_torch(q_latent.double(), q_rope.double(), packed, positions, scale))}
+    print(out["ragged"], out["error"], flush=True)
+    return out
+
 
 def copy_rate():
     """Bytes per second, read and written, of a copy on this GPU: what a kernel that waits for memory could reach."""
@@ -258,13 +414,13 @@ def generation(batches=(1, 64), prompt=64, short=64, long=576):
     counted, so that prompts and preparations fall out; of three such pairs the median."""
     config, rate, out = configs.load(["configs/bench_1b.py"]), copy_rate(), []
     with torch.device("cuda"):
-        v3 = cast(V3(config)).eval()
+        v3 = sample.cast(V3(config)).eval()
     for batch in batches:
         prompts, times = torch.randint(config.vocab_size, (batch, prompt)).tolist(), {short: [], long: []}
         for _ in range(4):
             for tokens, runs in times.items():
                 began = time.perf_counter()
-                generate(v3, prompts, tokens, temperature=0)
+                sample.generate(v3, prompts, tokens, temperature=0)
                 runs.append(time.perf_counter() - began)
         _, *pairs = zip(*times.values())                                                   # the first compiles kernels
         per_step = statistics.median(more - less for less, more in pairs) / (long - short)
@@ -277,9 +433,143 @@ def generation(batches=(1, 64), prompt=64, short=64, long=576):
 
 
 def decode(options):
-    if not torch.cuda.is_available():
-        raise UserError("bench.py decode: needs a CUDA GPU, and torch finds none")
-    record("decode", "python bench.py decode", generation=generation())
+    record("decode", "python bench.py decode", attention=decode_attention_bench(), generation=generation())
+
+
+# --- training attention on a GPU --------------------------------------------------------------------------------------
+
+def milliseconds(run):
+    """Median time of run() on the GPU, in ms."""
+    from triton.testing import do_bench
+    return do_bench(run, warmup=25, rep=100, return_mode="median")
+
+
+def forward_backward(form, inputs, gradient):
+    """(forward ms, backward ms, peak bytes of one forward and backward, inputs included) of form(*inputs)."""
+    inputs = [t.detach().requires_grad_() for t in inputs]
+    backward_of = lambda out: milliseconds(lambda: torch.autograd.grad(out, inputs, gradient, retain_graph=True))
+    forward, backward = milliseconds(lambda: form(*inputs)), backward_of(form(*inputs))
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    torch.autograd.grad(form(*inputs), inputs, gradient)
+    return forward, backward, torch.cuda.max_memory_allocated() - before + sum(t.nbytes for t in inputs)
+
+
+def attention_shape(B, H, T, dims):
+    """Attention kernels alone, and from what the projections put out (q, kv and the one k_rope) to those gradients."""
+    d_n, d_r, d_v = dims
+    scale = (d_n + d_r) ** -0.5
+    random = lambda *shape: torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
+    q, kv, k_rope, dout = random(B, T, H, d_n + d_r), random(B, T, H, d_n + d_v), random(B, T, 1, d_r), \
+        random(B, T, H, d_v)
+    parts = (*q.split([d_n, d_r], -1), *kv.split([d_n, d_v], -1))
+    whole = [torch.cat(parts[:2], -1), torch.cat([parts[2], k_rope.expand_as(parts[1])], -1), parts[3]]
+    whole = [t.transpose(1, 2) for t in whole]
+    sdpa = lambda q, k, v: torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+
+    def block(form, split):
+        def run(q, kv, k_rope):
+            (q_nope, q_rope), (k_nope, v) = split(q, d_n), split(kv, d_n)
+            return form(q_nope, q_rope, k_nope, k_rope, v, scale)
+        return run
+
+    def sdpa_block(*inputs):
+        with cudnn():
+            return block(mla.attention_torch, lambda x, d: x.split([d, x.shape[-1] - d], -1))(*inputs)
+
+    def sdpa_kernel(*inputs):
+        with cudnn():
+            return sdpa(*inputs)
+
+    kernel = lambda *t: mla.attention_triton(*t, scale)
+    measured = {
+        "cuDNN, kernel": forward_backward(sdpa_kernel, whole, dout.transpose(1, 2)),
+        "Triton, kernel": forward_backward(kernel, (*parts[:3], k_rope, parts[3]), dout),
+        "cuDNN, block": forward_backward(sdpa_block, (q, kv, k_rope), dout),
+        "Triton, block": forward_backward(block(mla.attention_triton, mla.Split.apply), (q, kv, k_rope), dout),
+    }
+    flops = B * H * T * T * (d_n + d_r + d_v)                                          # half of the square, 2 a product
+    out = {"B": B, "H": H, "T": T, "dims": dims}
+    for name, (forward, backward, peak) in measured.items():
+        out[name] = {"forward_ms": forward, "backward_ms": backward, "forward_tflops": flops / forward / 1e9,
+                     "backward_tflops": 2.5 * flops / backward / 1e9, "peak_bytes": peak}
+    for what in ("kernel", "block"):
+        ours, theirs = measured[f"Triton, {what}"], measured[f"cuDNN, {what}"]
+        out[f"{what}, times cuDNN"] = {"forward": theirs[0] / ours[0], "backward": theirs[1] / ours[1],
+                                       "memory": ours[2] / theirs[2]}
+        print(f"B{B} H{H} T{T} {what}: forward {theirs[0] / ours[0]:.2f}x cuDNN ({ours[0]:.3f} ms, "
+              f"{flops / ours[0] / 1e9:.0f} TFLOP/s), backward {theirs[1] / ours[1]:.2f}x ({ours[1]:.3f} ms), "
+              f"memory {ours[2] / theirs[2]:.2f}x", flush=True)
+    return out
+
+
+def cudnn():
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    return sdpa_kernel([SDPBackend.CUDNN_ATTENTION])
+
+
+def small_ops():
+    """RMSNorm and RoPE: one kernel against torch eager and compiled, forward and backward, and the bytes kept."""
+    def compare(name, forms, inputs, gradients):
+        row = {}
+        for path, form in forms.items():
+            forward, backward, peak = forward_backward(form, inputs, gradients)
+            row[path] = {"forward_ms": forward, "backward_ms": backward, "peak_bytes": peak}
+        print(f"{name}: " + ", ".join(f"{p} {r['forward_ms']:.3f} + {r['backward_ms']:.3f} ms" for p, r in row.items()),
+              flush=True)
+        return row
+
+    random, out = lambda *shape: torch.randn(*shape, device="cuda", dtype=torch.bfloat16), {}
+    torch._functorch.config.donated_buffer = False                # a compiled backward may be timed again and again
+    plain = lambda x, w: torch.nn.functional.rms_norm(x.float(), w.shape, w, 1e-6).to(x.dtype)
+    norms = {"torch": lambda x, w: mla.rms_norm_torch(x, w, 1e-6), "compiled": torch.compile(plain),
+             "Triton": lambda x, w: mla.rms_norm_triton(x, w, 1e-6)}
+    for N, D in ((8192, 7168), (8192, 1024)):
+        inputs = random(N, D), torch.ones(D, device="cuda")
+        out[f"RMSNorm {N} x {D}"] = compare(f"RMSNorm {N} x {D}", norms, inputs, random(N, D))
+    T, H = 4096, 128
+    rope = torch.polar(torch.ones(T, 32, device="cuda"), torch.rand(T, 32, device="cuda"))
+    turn = lambda form: lambda x: form(x * 1, H, rope)            # x * 1: in place on a tensor that the caller made
+    turns = {"torch": turn(mla.split_rope_torch), "compiled": torch.compile(turn(mla.split_rope_torch)),
+             "Triton": turn(mla.split_rope_triton)}
+    out["RoPE 4096 x 128, with a copy"] = compare("RoPE 4096 x 128, with a copy", turns, (random(1, T, H * 192),),
+                                                  random(1, T, H, 192).split([128, 64], -1))
+    return out
+
+
+def recomputation():
+    """Bytes that one attention layer of V3's dims keeps for backward (BF16, 4096 tokens), and its time."""
+    c, out = configs.load(["configs/v3_671b.py", "--seq_len=4096"]), {}
+    x = torch.randn(1, 4096, c.dim, device="cuda", dtype=torch.bfloat16)
+    rope = mla.rope_table(c)[:4096].cuda()
+    for name, changes, fused in (("torch norms and RoPE", {}, False), ("kernels", {}, True),
+                                 ("kernels, recompute_mla", {"recompute_mla": True}, True)):
+        with torch.device("meta"):
+            block = Block(c.replace(inter_dim=64, **changes), dense=True)
+        block = block.to_empty(device="cuda").to(torch.bfloat16)
+        for p in block.parameters():
+            torch.nn.init.normal_(p, std=0.02)
+        with mock.patch.object(backend, "use_small_kernels", lambda x, fused=fused: fused):
+            step = lambda: torch.autograd.backward(block.attention(x.requires_grad_(), rope), (x, x))        # noqa: B023
+            step()
+            before = torch.cuda.memory_allocated()
+            h, y = block.attention(x, rope)
+            kept = torch.cuda.memory_allocated() - before - h.nbytes - y.nbytes
+            del h, y
+            out[name] = {"kept_bytes": kept, "ms": milliseconds(step)}
+        print(f"{name}: keeps {kept / 2**20:.0f} MiB, forward and backward {out[name]['ms']:.2f} ms", flush=True)
+    return out
+
+
+def attention(options):
+    path, why = backend.attention(torch.device("cuda" if torch.cuda.is_available() else "cpu"), torch.bfloat16,
+                                  (128, 64, 128))
+    if path != "Triton":
+        raise UserError(f"bench.py attention: a Hopper GPU with Triton is needed ({why})")
+    shapes = [attention_shape(*shape, (128, 64, 128)) for shape in ((1, 128, 4096), (4, 16, 2048))]
+    record("attention", "python bench.py attention", shapes=shapes, small_ops=small_ops(),
+           recomputation=recomputation())
 
 
 # --- the README -------------------------------------------------------------------------------------------------------
@@ -291,7 +581,8 @@ def load(section):
 
 def tables():
     """{name of a marked place in the README: its text}, from the committed results."""
-    t, c, a = load("tiny"), load("char"), load("ablations")
+    t, c, a, d, s = load("tiny"), load("char"), load("ablations"), load("decode"), load("speculation")
+    attention = load("attention")
     mean = lambda runs, key: statistics.mean(r[key] for r in runs)
     spread = lambda runs, key: statistics.stdev(r[key] for r in runs) if len(runs) > 1 else 0.0
     vio = lambda runs: f"{mean(runs, 'max_vio'):.2f}" if mean(runs, "max_vio") else "-"
@@ -325,6 +616,35 @@ def tables():
             *(f"| {name} | {mean(v['runs'], 'val_loss'):.4f} ± {spread(v['runs'], 'val_loss'):.4f} | "
               f"{vio(v['runs'])} | {mean(v['runs'], 'seconds'):.0f} |"
               for name, v in a["variants"].items())])
+    if attention:
+        cell = lambda r, way: " | ".join(f"{r['Triton, ' + way][key + '_ms']:.2f} ({r[way + ', times cuDNN'][key]:.2f}x)"
+                                         for key in ("forward", "backward"))
+        out["attention"] = "\n".join([
+            "| batch, heads, tokens | forward, ms | backward, ms | kernel alone: forward | backward | memory of the block |",
+            "|---|---|---|---|---|---|",
+            *(f"| {r['B']}, {r['H']}, {r['T']:,} | {cell(r, 'block')} | {cell(r, 'kernel')} | "
+              f"{r['block, times cuDNN']['memory']:.2f}x |" for r in attention["shapes"]), "",
+            f"{attention['gpu']}, dims {'/'.join(map(str, attention['shapes'][0]['dims']))}, BF16. In brackets: speed "
+            f"against cuDNN, and its memory."])
+    if d:
+        shapes, error = d["attention"]["shapes"], d["attention"]["error"]
+        out["decode"] = "\n".join([
+            "| batch, heads, tokens held, queries | microseconds | torch.compile | cache, TB/s | TFLOP/s | FP8 cache |",
+            "|---|---|---|---|---|---|",
+            *(f"| {r['batch']}, {r['heads']}, {r['tokens']:,}, {r['queries']} | {r['us']:.0f} | "
+              f"{r['compiled_us']:.0f} ({r['speedup']:.1f}x) | {r['cache_tb_s']:.2f} | {r['tflops']:.0f} | "
+              f"{r['fp8_us']:.0f} |" for r in shapes), "",
+            f"{d['gpu']}, V3's dims. Relative error: {error['triton']:.1e} (plain torch in BF16 {error['torch']:.1e}), "
+            f"with an FP8 cache {error['triton_fp8']:.1e}."])
+    if s:
+        out["speculation"] = "\n".join([
+            "| drafts | of them accepted | tokens per forward pass | time of the drafts / of a plain step | tokens/s | "
+            "the same text |", "|---|---|---|---|---|---|",
+            f"| 0 | | 1 | | {s['plain_tokens_per_s']:.0f} | |",
+            *(f"| {m['drafts']} | {m['acceptance']:.0%} | {m['tokens_per_forward']:.2f} | "
+              f"{m['draft_over_plain']:.2f} | {m['tokens_per_s']:.0f} ({m['speedup']:.2f}x) | "
+              f"{m['identical']} of {s['prompts']} |"
+              for m in s["modes"])])
     return out
 
 
@@ -362,8 +682,17 @@ def readme(options):
     figure.tight_layout()
     figure.savefig(RESULTS / "tiny.png", dpi=110)
 
+    sizes = cache_per_token(configs.load(["configs/v3_671b.py"]))
+    figure, axes = pyplot.subplots(figsize=(6, 1.8))
+    bars = axes.barh(list(sizes), [size / 1e3 for size in sizes.values()])
+    axes.bar_label(bars, [f"{size / 1e3:,.0f} KB" for size in sizes.values()], padding=4)
+    axes.set(title="cache per token, DeepSeek-V3's shape", xscale="log", xlim=(10, 20_000))
+    axes.invert_yaxis()
+    figure.tight_layout()
+    figure.savefig(RESULTS / "cache.png", dpi=110)
 
-SECTIONS = {"tiny": tiny, "char": char, "ablations": ablations, "decode": decode, "readme": readme}
+SECTIONS = {"tiny": tiny, "char": char, "ablations": ablations, "speculation": speculation,
+            "attention": attention, "decode": decode, "readme": readme}
 
 
 def main(argv):
@@ -375,8 +704,8 @@ def main(argv):
     options = {}
     for arg in argv[1:]:
         key, equals, value = arg.removeprefix("--").partition("=")
-        if not arg.startswith("--") or not equals or key not in ("data", "nanogpt", "seeds", "repeats"):
-            raise UserError(f"{arg}: options are --data=FILE --nanogpt=DIR --seeds=N --repeats=N")
+        if not arg.startswith("--") or not equals or key not in ("data", "nanogpt", "out_dir", "seeds", "repeats"):
+            raise UserError(f"{arg}: options are --data=FILE --nanogpt=DIR --out_dir=RUN --seeds=N --repeats=N")
         if key in ("seeds", "repeats") and not (value.isdigit() and int(value)):
             raise UserError(f"{arg}: a whole number from 1 up")
         options[key] = value

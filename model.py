@@ -89,9 +89,16 @@ class Block(nn.Module):
         self.attn = MLA(c)
         self.ffn_norm = RMSNorm(c.dim, c.norm_eps)
         self.ffn = FFN(c.dim, c.inter_dim) if dense else MoE(c)
+        self.recompute_mla = c.recompute_mla
 
-    def attention(self, x, rope, **cache):
-        h = x + self.attn(self.attn_norm(x), rope, **cache)
+    def attention(self, x, rope, **more):
+        if self.recompute_mla and self.training and torch.is_grad_enabled():
+            # Norms, latents, queries, keys and values are made again in backward (section 3.2.3); attention's own
+            # output waits in `kept`, and the last product is not reached: checkpoint stops once it has what it needs.
+            kept = []
+            h = x + checkpoint(lambda x: self.attn(self.attn_norm(x), rope, kept=kept, **more), x, use_reentrant=False)
+        else:
+            h = x + self.attn(self.attn_norm(x), rope, **more)
         return h, self.ffn_norm(h)
 
     def dispatch(self, x):
@@ -184,6 +191,12 @@ class V3(nn.Module):
         again = self.config.recompute and self.training
         return checkpoint(module, *args, use_reentrant=False) if again else module(*args)
 
+    def place(self, T, cache):
+        """Where the next T tokens of every row stand: the arguments of a block that writes `cache`."""
+        positions = cache.positions(T)
+        # Drafted tokens may stand beyond the context: tried there, never kept.
+        return {"rope": self.rope[positions.clamp_max(len(self.rope) - 1)], "cache": cache, "positions": positions}
+
     def hidden(self, tokens, cache=None):
         """tokens [B, T] -> (states after the final norm [B, T, D], the Routing of each MoE layer).
 
@@ -192,15 +205,19 @@ class V3(nn.Module):
         if tokens.shape[1] > self.config.context:
             raise ValueError(f"{tokens.shape[1]} tokens are more than the context of {self.config.context}")
         x, routings = self.embedding(tokens), []
-        positions = cache.positions(tokens.shape[1]) if cache else None
-        rope = self.rope[positions] if cache else self.rope[:tokens.shape[1]]
+        where = self.place(tokens.shape[1], cache) if cache else None
         for i, block in enumerate(self.layers):
-            if cache:
-                x, routing = block(x, rope, cache=cache, layer=i, positions=positions)
-            else:
-                x, routing = self.run(block, x, rope)
+            x, routing = block(x, layer=i, **where) if cache else self.run(block, x, self.rope[:tokens.shape[1]])
             routings.append(routing)
         return self.norm(x), [r for r in routings if r]
+
+    def lookahead(self, h, tokens, cache):
+        """The first MTP module behind the main model, through the cache: h [B, T, D], the states at the next T places
+        of `cache`, and tokens [B, T], the one after each -> states [B, T, D] whose logits predict the one after that.
+
+        Its latents lie in a layer of their own, the cache's last, at the positions of h. `cache` is one for drafts."""
+        where = self.place(tokens.shape[1], cache)
+        return self.mtp[0](h, self.embedding(tokens), layer=self.config.n_layers, **where)[0]
 
     def logits(self, h):
         """States [..., D] -> logits [..., vocab] in float32 or better."""
@@ -242,7 +259,7 @@ class V3(nn.Module):
             routings += [routing] if routing else []
         head = self.head.weight if torch.is_grad_enabled() else self.head.weight.detach()     # evaluation: no gradients
         if c.bf16_head and torch.is_grad_enabled() and backend.fast_bf16(h.device):
-            states = [h.to(torch.bfloat16) for h in states]           # a small model's largest products, at half their time
+            states = [h.to(torch.bfloat16) for h in states]             # the largest products of a small model
         losses = [CrossEntropy.apply(h.flatten(0, 1), head, targets[:, k + 1:T + k + 1].flatten()) / max(n, 1)
                   for k, (h, n) in enumerate(zip(states, counts))]
         main, mtp = losses[0], sum(losses[1:]) / max(c.n_mtp, 1)
@@ -259,15 +276,17 @@ class V3(nn.Module):
         blocks = [*self.layers, *(m.block for m in self.mtp)]
         return [b.ffn.gate for b in blocks if isinstance(b.ffn, MoE)]
 
-    def cache(self, batch, capacity):
-        """An empty LatentCache for `batch` sequences of up to `capacity` tokens. ValueError if that is beyond the
-        context."""
+    def cache(self, batch, capacity, drafts=0, fp8=False):
+        """An empty LatentCache for `batch` sequences of up to `capacity` tokens, with fp8 in 8 bits (mla.Fp8Latents).
+        To speculate with `drafts` tokens at a time: with room for them behind each row and a layer for the MTP module.
+        ValueError if the capacity is beyond the context."""
         c = self.config
         if capacity > c.context:
             raise ValueError(f"a cache of {capacity} tokens is more than the context of {c.context}")
         dtype = self.embed.weight.dtype if c.precision == "fp32" else torch.bfloat16
-        width = c.kv_lora_rank + c.qk_rope_head_dim
-        return LatentCache(c.n_layers, batch, capacity, width, self.embed.weight.device, dtype)
+        dtype, width = torch.float8_e4m3fn if fp8 else dtype, c.kv_lora_rank + c.qk_rope_head_dim
+        return LatentCache(c.n_layers + bool(drafts), batch, capacity + drafts, width, self.embed.weight.device, dtype,
+                           c.qk_rope_head_dim)
 
     @classmethod
     def from_hf(cls, folder, **changes):

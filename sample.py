@@ -9,14 +9,23 @@ layer instead of the keys and values of every head, in V3 576 instead of 128 * (
 Latent attention runs in both of its forms (mla.py), each where it is cheap:
 
     prefill   prompts [B, T] --naive-----> h [B, T, D], of each row the last --head--> [B, V] --sample--> token [B]
-                                `-> T latents a row go to the cache
+              in pieces         `-> T latents a row go to the cache
     decode    token [B, 1] ---absorbed---> h [B, 1, D] --head--> [B, V] --sample--> token [B], and so on
                                 `-> one latent more a row; its query reads all S of them as they are
 
 The prompts of a batch may differ in length: they are padded on the right, where causal attention never looks, and each
 row's next token overwrites its padding.
 
-Shapes: B rows, T prompt tokens, S cached tokens, D dim, V vocabulary.
+A third remedy: several tokens for one read of the weights. V3's MTP module, trained to predict the token after the next
+one (section 2.2), drafts K tokens, and the main model reads them all in ONE forward pass, for little more than the
+price of one token (--speculate=K). As far as it agrees they stand; where it doesn't, its own token takes their place
+and the rest is forgotten. The text, or with a temperature its distribution, is exactly that of plain decoding.
+
+                   .-------------------------- K drafts of the MTP module <--------------------------.
+                   v                                                                                 |
+    [newest, K drafts] --main model--> h [B, 1+K, D] --head--> which drafts stand, one token more --MTP(h, tokens)
+
+Shapes: B rows, T prompt tokens, S cached tokens, K drafted tokens, D dim, V vocabulary.
 """
 import codecs
 import dataclasses
@@ -24,10 +33,12 @@ import difflib
 import math
 import sys
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 import backend
 import configs
@@ -39,28 +50,153 @@ from model import V3, config_from_hf, from_hf, official_tensors
 # --- from logits to a token -------------------------------------------------------------------------------------------
 
 def distribution(logits, temperature, top_k=0, top_p=1.0):
-    """What is sampled from: logits [B, V] -> probabilities [B, V], each row on its own. temperature > 0.
+    """What is sampled from: logits [..., V] -> probabilities [..., V], each row on its own. temperature > 0.
 
     In this order: divide by the temperature, keep the top_k likeliest tokens (0: all), and of these the nucleus, the
     smallest set whose probabilities reach top_p. The tail is long: each token in it is unlikely and wrong, and together
     they would be drawn often.
     """
-    V = logits.shape[1]
-    top, ids = logits.topk(min(top_k or V, V))                                   # likeliest first, [B, k]
-    probs = ((top - top[:, :1]) / temperature).softmax(1)                        # the best at 0: no overflow when cold
+    V = logits.shape[-1]
+    top, ids = logits.topk(min(top_k or V, V))                                   # likeliest first, [..., k]
+    probs = ((top - top[..., :1]) / temperature).softmax(-1)                     # the best at 0: no overflow when cold
     if top_p < 1:
         # Walk down the row: a token stays as long as those before it have not reached top_p. The first always stays.
-        before = probs.cumsum(1) - probs
+        before = probs.cumsum(-1) - probs
         probs = probs * (before < top_p)
-        probs = probs / probs.sum(1, keepdim=True)
-    return torch.zeros_like(logits).scatter(1, ids, probs)                       # back in the vocabulary's order
+        probs = probs / probs.sum(-1, keepdim=True)
+    return torch.zeros_like(logits).scatter(-1, ids, probs)                      # back in the vocabulary's order
+
+
+def draw(probs, generator=None):
+    """One token per row: probs [..., V], which need not add up to one -> int64 [...].
+
+    A race: with exponential times e_i, the largest p_i / e_i is i's with probability p_i. Unlike torch.multinomial it
+    asks the host for nothing, so a CUDA graph can hold it.
+    """
+    return (probs / torch.empty_like(probs).exponential_(generator=generator)).argmax(-1)
 
 
 def sample_token(logits, temperature=0.8, top_k=0, top_p=0.95, generator=None):
-    """logits [B, V] -> one token per row, int64 [B]: the likeliest at temperature 0, else drawn with `generator`."""
+    """logits [..., V] -> one token per row, int64 [...]: the likeliest at temperature 0, else drawn with `generator`
+    (on the logits' device)."""
     if temperature == 0:
-        return logits.argmax(1)
-    return torch.multinomial(distribution(logits, temperature, top_k, top_p), 1, generator=generator)[:, 0]
+        return logits.argmax(-1)
+    return draw(distribution(logits, temperature, top_k, top_p), generator)
+
+
+def accept(p, q, drafts, generator=None):
+    """The rejection rule of speculative sampling: drafts that were drawn from q become draws from p.
+
+    p [B, 1+K, V], the main model's distributions at the drafts and behind them; q [B, K, V]; drafts int64 [B, K] -> how
+    many of the drafts stand, int64 [B] in 0..K, and the token that follows them [B].
+
+    Draft x stands with probability min(1, p(x) / q(x)). The first that falls, and with it all behind it, is replaced by
+    a draw from max(p - q, 0): x is then written with probability min(p, q)(x) + max(p - q, 0)(x) = p(x). Where all
+    stand, p behind them gives one more.
+    """
+    chosen = lambda probs: probs.gather(2, drafts.unsqueeze(2)).squeeze(2)                         # [B, K]
+    u = torch.rand(drafts.shape, generator=generator, device=p.device, dtype=p.dtype)
+    stand = (u * chosen(q) < chosen(p[:, :-1])).long().cumprod(1).sum(1)                           # [B]
+    rows = torch.arange(len(p), device=p.device)
+    here = p[rows, stand]                                                                          # [B, V]
+    rest = (here - F.pad(q, (0, 0, 0, 1))[rows, stand]).clamp_min(0)               # behind the last draft q is nothing
+    rest = torch.where(rest.sum(1, keepdim=True) > 0, rest, here)                  # p = q, and a draft fell by rounding
+    return stand, draw(rest, generator)
+
+
+# --- a batch and its steps --------------------------------------------------------------------------------------------
+
+PIECE = 8192                                  # tokens, of all rows together, that prefill reads at once: for its memory
+
+
+class Batch:
+    """B texts between two steps: their latents in the cache, and the tokens that are not in it yet, the newest of each
+    row and K drafts behind it. A step needs nothing from the host and changes only these tensors, so that a CUDA graph
+    can repeat it.
+
+    `lengths` [B] of the prompts; `sampling` (temperature, top_k, top_p). Rows write `steps` tokens at most: one that
+    has is held where it stands until the others are done.
+    """
+
+    def __init__(self, v3, prompts, steps, sampling, generator, drafts):
+        B, T, device = len(prompts), max(map(len, prompts)), v3.embed.weight.device
+        self.v3, self.sampling, self.generator, self.K = v3, sampling, generator, drafts
+        self.prompts = torch.tensor([p + [0] * (T + 1 - len(p)) for p in prompts]).to(device)      # [B, T+1], padded
+        self.lengths = torch.tensor([len(p) for p in prompts]).to(device)
+        self.end = self.lengths + steps - 2                    # cached tokens that the last one is written after
+        self.rows = torch.arange(B, device=device)
+        self.cache = v3.cache(B, T + steps - 1, drafts)        # the last token is made and never read
+        self.tokens = torch.zeros(B, 1 + drafts, dtype=torch.int64, device=device)
+        sampled, high = drafts if sampling[0] else 0, torch.promote_types(v3.embed.weight.dtype, torch.float32)
+        self.q = torch.zeros(B, sampled, v3.config.vocab_size, dtype=high, device=device)    # they are drawn from this
+
+    def prefill(self):
+        """Read the prompts: the first token of every row [B, 1]."""
+        B, T = len(self.prompts), self.prompts.shape[1] - 1
+        size, last = max(1, PIECE // B), 0
+        for start in range(0, T, size):
+            n = min(size, T - start)
+            h, _ = self.v3.hidden(self.prompts[:, start:start + n], self.cache)                    # [B, n, D]
+            at = self.lengths[:, None] - 1 - start                                                 # last token of a row
+            last = torch.where((at >= 0) & (at < n), h[self.rows, at[:, 0].clamp(0, n - 1)], last)         # [B, D]
+            if self.K:                                         # the module's own latents; a row's last are made again
+                self.v3.lookahead(h, self.prompts[:, start + 1:start + n + 1], self.cache)
+            self.cache.advance(n)
+        self.cache.advance(self.lengths - T)                   # the padding is forgotten
+        first = sample_token(self.v3.logits(last), *self.sampling, generator=self.generator)[:, None]
+        if self.K:
+            self.cache.advance(-1)                             # back to the place of `last`
+            self.draft(last[:, None], first, torch.ones_like(self.lengths))
+        else:
+            self.tokens.copy_(first)
+        return first
+
+    def step(self):
+        """Plain decoding: the next token of every row [B, 1]."""
+        h, _ = self.v3.hidden(self.tokens, self.cache)
+        self.cache.advance(1)
+        return self.tokens.copy_(sample_token(self.v3.logits(h), *self.sampling, generator=self.generator))
+
+    def speculate(self):
+        """One forward pass of the main model over the newest token and the drafts: the next tokens [B, 1+K], as many
+        as stand; -1 in the place of the others."""
+        h, _ = self.v3.hidden(self.tokens, self.cache)                                             # [B, 1+K, D]
+        logits, drafts = self.v3.logits(h), self.tokens[:, 1:]
+        if self.sampling[0] == 0:
+            new = logits.argmax(-1)                            # its own choice after each: right as far as drafts are
+            stand = (new[:, :-1] == drafts).long().cumprod(1).sum(1)                               # [B]
+        else:
+            stand, token = accept(distribution(logits, *self.sampling), self.q, drafts, self.generator)
+            new = F.pad(drafts, (0, 1)).scatter(1, stand[:, None], token[:, None])
+        self.draft(h, new, stand + 1)
+        return new.masked_fill(torch.arange(1 + self.K, device=new.device) > stand[:, None], -1)
+
+    def draft(self, h, new, count):
+        """Keep count [B] of the tokens new [B, n], which follow the states h [B, n, D], and draft K tokens behind them.
+
+        The MTP module reads h_i and t_{i+1} at position i and predicts t_{i+2}. The main model has no h yet for what
+        comes after that: the module's own state, from which the same head predicts the same token, stands in for it.
+        """
+        states = self.v3.lookahead(h, new, self.cache)                                             # [B, n, D]
+        self.cache.advance(torch.minimum(count, self.end - self.cache.lengths))
+        last = self.rows, count - 1
+        state, tokens = states[last][:, None], [new[last][:, None]]                                # [B, 1, D], [B, 1]
+        for k in range(self.K):
+            if k:
+                state = self.v3.lookahead(state, tokens[-1], self.cache)
+                self.cache.advance(1)
+            logits = self.v3.logits(state)                                                         # [B, 1, V]
+            if self.sampling[0]:
+                probs = distribution(logits, *self.sampling)
+                self.q[:, k] = probs[:, 0]
+            tokens.append(draw(probs, self.generator) if self.sampling[0] else logits.argmax(-1))
+        self.cache.advance(1 - self.K)                         # drafts are not text
+        torch.cat(tokens, 1, out=self.tokens)
+
+    def graph(self, step):
+        """`step` as a CUDA graph (backend.captured). From here on the host knows nothing of the lengths."""
+        self.cache.static = True
+        return backend.captured(step, (self.tokens, self.q, self.cache.lengths), self.generator)
 
 
 # --- from prompts to continuations ------------------------------------------------------------------------------------
@@ -75,41 +211,55 @@ def room(config, prompts):
     return config.context + 1 - longest
 
 
+def rounds(batch, steps):
+    """The tokens of each step in turn, as lists: the one time a step that the host waits for the device."""
+    on_host = backend.on_host
+    ready, step = on_host(batch.prefill()), batch.speculate if batch.K else batch.step
+    if not backend.use_graph(batch.v3.config, batch.tokens):
+        for _ in range(steps - 1):
+            yield ready()
+            ready = on_host(step())
+    elif steps > 1:
+        step = batch.graph(step)
+        for _ in range(steps - 1):                             # the device works on the next step while the host reads
+            ready, last = on_host(step()), ready
+            yield last()
+    yield ready()
+
+
 @torch.inference_mode()
-def generate(v3, prompts, max_tokens, temperature=0.8, top_k=0, top_p=0.95, generator=None, eos=None, on_token=None):
+def generate(v3, prompts, max_tokens, temperature=0.8, top_k=0, top_p=0.95, generator=None, eos=None, on_token=None,
+             drafts=0, tally=None):
     """Continue a batch of prompts (lists of token ids, none empty) -> a list of lists: the new tokens of each.
 
     At most max_tokens per row, fewer where the context ends (`room`); a row stops at `eos`, which it doesn't return.
-    generator: on v3's device. on_token(row, token) is told of each token as it is made. ValueError if v3 is in training
-    mode: its layers may recompute then, and don't write the cache.
+    generator: on v3's device. on_token(row, token) is told of each token as it is made. drafts: how many tokens the MTP
+    module drafts for each forward pass of the main model, 0 = none; tally: a Counter of what came of it, "forwards" and
+    "accepted" over all rows. ValueError if v3 is in training mode (its layers may recompute then, and don't write the
+    cache), for an empty prompt, and for drafts without an MTP module.
     """
-    if v3.training or not all(prompts):
-        raise ValueError("generate: call v3.eval() first" if v3.training else "generate: a prompt is empty")
-    B, steps, device = len(prompts), min(max_tokens, room(v3.config, prompts)), v3.embed.weight.device
-    lengths = torch.tensor([len(p) for p in prompts])
-    T = int(lengths.max())
-    tokens = torch.tensor([p + [0] * (T - len(p)) for p in prompts]).to(device)          # [B, T], padded on the right
-    lengths = lengths.to(device)
-
-    cache = v3.cache(B, T + steps - 1)                         # the last token is made and never read
-    h, _ = v3.hidden(tokens, cache)                                                      # prefill: [B, T, D]
-    cache.advance(lengths)
-    h = h[torch.arange(B, device=device), lengths - 1]                                   # at each last token: [B, D]
-    out, going = [[] for _ in prompts], set(range(B))
-    for step in range(steps):
-        if step:
-            h, _ = v3.hidden(tokens[:, None], cache)                                     # decode: [B, 1, D]
-            cache.advance(1)
-            h = h[:, 0]
-        tokens = sample_token(v3.logits(h), temperature, top_k, top_p, generator)        # [B]
-        # The one time a step that the host waits for the device. Rows that have ended run along until the last has.
-        for row, token in enumerate(tokens.tolist()):
-            if token == eos:
-                going.discard(row)
-            if row in going:
-                out[row].append(token)
-                if on_token:
-                    on_token(row, token)
+    if v3.training:
+        raise ValueError("generate: call v3.eval() first")
+    if not all(prompts):
+        raise ValueError("generate: a prompt is empty")
+    if drafts and not v3.mtp:
+        raise ValueError("generate: drafts need an MTP module, and n_mtp is 0")
+    steps, tally = min(max_tokens, room(v3.config, prompts)), Counter() if tally is None else tally
+    batch = Batch(v3, prompts, steps, (temperature, top_k, top_p), generator, drafts)
+    out, going = [[] for _ in prompts], set(range(len(prompts)))
+    for n, tokens in enumerate(rounds(batch, steps)):
+        for row in sorted(going):                              # rows that have ended run along until the last has
+            new = [token for token in tokens[row] if token >= 0]
+            if drafts and n:                                   # the first token is the prompt's
+                tally.update(forwards=1, accepted=len(new) - 1)
+            for token in new:
+                if token != eos:
+                    out[row].append(token)
+                    if on_token:
+                        on_token(row, token)
+                if token == eos or len(out[row]) == steps:
+                    going.discard(row)
+                    break
         if not going:
             break
     return out
@@ -229,6 +379,7 @@ class Options:
     top_p: float = param(0.95, "sample among the fewest likeliest tokens that together have this probability", 0.0, 1.0)
     seed: int = param(1337, "seed of the sampling", 0, 2**63 - 1)
     num_samples: int = param(1, "sequences per prompt", 1)
+    speculate: int = param(0, "tokens that the MTP module drafts for each step of the model; 0 = none", 0, 8)
     interactive: bool = param(False, "prompt after prompt from the terminal; an empty line ends")
     stream: bool = param(True, "print tokens as they come, where there is one sequence")
     ema: bool = param(False, "use the averaged weights of a run with ema_decay")
@@ -281,12 +432,24 @@ def size(v3):
     return sum(p.numel() for name, p in v3.named_parameters() if not name.startswith("mtp."))
 
 
+def fit(v3, rows, tokens, drafts):
+    """UserError where `rows` sequences of so many tokens cannot be in memory: their latents and one step's logits, of
+    which sampling keeps a few sorted copies."""
+    per_row = v3.cache(1, 1, drafts).bytes_per_token * tokens + 6 * 4 * v3.config.vocab_size * (1 + drafts)
+    need, free = rows * per_row, backend.free_memory(v3.embed.weight.device)
+    if free is not None and need > free:
+        raise UserError(f"a batch of {rows:,} sequences of {tokens:,} tokens takes {need / 1e9:,.1f} GB, "
+                        f"{free / 1e9:,.1f} GB are free: ask for fewer --num_samples or --max_tokens")
+
+
 def respond(v3, tokenizer, prompts, o, generator, what):
     """Print what the model makes of each prompt, then one line on what it took. Returns the exit code."""
-    prompts = [prompt for prompt in prompts for _ in range(o.num_samples)]
     ids = [encode(tokenizer, prompt, o.suffix) for prompt in prompts]
     steps = min(o.max_tokens, room(v3.config, ids))
-    live, code = o.stream and len(prompts) == 1, 0
+    tokens = max(map(len, ids)) + steps
+    fit(v3, len(ids) * o.num_samples, tokens, o.speculate)
+    prompts, ids = ([each for each in all_ for _ in range(o.num_samples)] for all_ in (prompts, ids))
+    live, code, tally = o.stream and len(prompts) == 1, 0, Counter()
     decoders, pieces = [characters(tokenizer) for _ in prompts], [[] for _ in prompts]
 
     def on_token(row, token):
@@ -297,7 +460,8 @@ def respond(v3, tokenizer, prompts, o, generator, what):
     print(prompts[0] if live else "", end="", flush=True)
     began = time.perf_counter()
     try:
-        generate(v3, ids, steps, o.temperature, o.top_k, o.top_p, generator, special(tokenizer, "eos"), on_token)
+        generate(v3, ids, steps, o.temperature, o.top_k, o.top_p, generator, special(tokenizer, "eos"), on_token,
+                 drafts=o.speculate, tally=tally)
     except KeyboardInterrupt:                                  # what there is by now is printed all the same
         code = 130
     seconds = time.perf_counter() - began
@@ -307,10 +471,12 @@ def respond(v3, tokenizer, prompts, o, generator, what):
         print(("" if live else prompt + "".join(pieces[row])) + o.suffix, flush=True)
 
     # The last line goes to stderr, apart from the text, which may go to a file.
-    count, per_token = sum(map(len, pieces)), v3.cache(1, 1).bytes_per_token
-    cache = per_token * len(ids) * (max(map(len, ids)) + steps)
+    count, per_token = sum(map(len, pieces)), v3.cache(1, 1, o.speculate).bytes_per_token
     line = f"{count} tokens in {seconds:.2f} s, {count / seconds:.1f} tokens/s; latent cache {per_token:,} bytes a " \
-           f"token, {cache / 1e6:.2f} MB in all; {what}, {size(v3) / 1e6:.2f}M parameters"
+           f"token, {per_token * len(ids) * tokens / 1e6:.2f} MB in all; {what}, {size(v3) / 1e6:.2f}M parameters"
+    if tally["forwards"]:
+        accepted = tally["accepted"] / tally["forwards"]                # of each forward pass
+        line += f"; {accepted / o.speculate:.0%} of the drafts accepted, {1 + accepted:.2f} tokens per forward pass"
     if max(map(len, pieces)) == steps < o.max_tokens:
         line += f"; the context of {v3.config.context} tokens had room for {steps} new ones, not {o.max_tokens}"
     print(f"[{line}]", file=sys.stderr, flush=True)
@@ -338,6 +504,8 @@ def run(o):
     folder, config, tokenizer, what = look(o.out_dir, o.ema)
     if o.suffix and not config.fim_rate:
         raise UserError("--suffix: this model never saw a hole to fill (it was trained with fim_rate 0); leave it out")
+    if o.speculate and not config.n_mtp:
+        raise UserError("--speculate: this model has no MTP module to draft with (n_mtp is 0); leave it out")
     prompts = o.prompt or ["def" if config.data == "stdlib" and not is_hf(folder) else ""]
     room(config, [encode(tokenizer, prompt, o.suffix) for prompt in prompts])
     v3 = weights(folder, config, device, o.ema)

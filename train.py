@@ -74,6 +74,7 @@ def plan(c, device, data=None):
     tokens = c.micro_batch_size * c.seq_len
     # What backward needs of each token, in elements: the inputs of norms and products, and the hidden activations.
     attention = 4 * c.dim + c.n_heads * (3 * c.qk_head_dim + 3 * c.v_head_dim) + 3 * c.kv_lora_rank + 2 * c.q_lora_rank
+    attention = 4 * c.dim + c.n_heads * c.v_head_dim if c.recompute_mla else attention
     dense = 4 * c.dim + 3 * c.inter_dim
     sparse = (4 + c.n_activated_experts) * c.dim \
         + 4 * (c.n_activated_experts + c.n_shared_experts) * c.moe_inter_dim + 4 * c.n_routed_experts
@@ -93,7 +94,7 @@ def plan(c, device, data=None):
                    f"({a['bytes'] / everything:.1f} bytes per parameter) + {human(activations, 'B')} activations"),
         ("latent cache", f"{a['cache_bytes']:,} bytes per token in BF16"),
         ("device", f"{backend.name(device)}, {c.precision}, torch {torch.__version__}"),
-        *((what, f"{path} ({why})") for what, path, why in backend.table(device, c.precision, c.moments)),
+        *((what, f"{path} ({why})") for what, path, why in backend.table(device, c)),
     ]
     if a["converted"]:
         converted, left = a["converted"]
@@ -120,7 +121,7 @@ def model_config(c, argv):
     given = [arg[2:].partition("=")[0] for arg in argv[1:]]
     for key in given:
         if key in fields[:first] and key != "n_mtp" or key == "tokenizer":
-            raise UserError(f"--{key}: the model and its tokenizer are those of --init_from={c.init_from}; leave it out")
+            raise UserError(f"--{key}: model and tokenizer are those of --init_from={c.init_from}; leave it out")
     run = {f: getattr(c, f) for f in fields[first:]}
     run["tokenizer"] = str(Path(c.init_from) / "tokenizer.json")
     if "n_mtp" in given:

@@ -99,6 +99,7 @@ class Config:
     moments: str = param("fp32", "dtype of AdamW's two moments", choices=("fp32", "bf16"))
     bf16_head: bool = param(False, "the head's products of the training loss in BF16, on a CPU that has it")
     recompute: bool = param(False, "recompute each block in backward instead of keeping its activations")
+    recompute_mla: bool = param(False, "recompute only MLA's norms and up-projections (section 3.2.3)")
     compile: bool = param(False, "torch.compile the model")
 
     # --- the run ------------------------------------------------------------------------------------------------------
@@ -128,8 +129,8 @@ class Config:
 
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
 # What may differ when a run is resumed: where and how it runs, not what it computes.
-MACHINE_FIELDS = {"micro_batch_size", "device", "compile", "recompute", "out_dir", "eval_interval", "eval_stride",
-                  "save_interval", "resume", "init_from", "eval_only", "profile", "plan"}
+MACHINE_FIELDS = {"micro_batch_size", "device", "compile", "recompute", "recompute_mla", "out_dir", "eval_interval",
+                  "eval_stride", "save_interval", "resume", "init_from", "eval_only", "profile", "plan"}
 
 
 # --- from text to a checked Config ------------------------------------------------------------------------------------

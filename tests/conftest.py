@@ -1,4 +1,5 @@
 """What the tests share: a tiny Config, a model in which nothing is neutral, and a comparison that prints its error."""
+import os
 import sys
 from pathlib import Path
 
@@ -6,6 +7,8 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"                   # before Triton is imported: its kernels run on the CPU then
 
 from configs import Config  # noqa: E402
 from model import V3  # noqa: E402

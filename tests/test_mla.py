@@ -5,7 +5,8 @@ import pytest
 import torch
 from conftest import YARN, agree, lively, tiny
 
-from mla import MLA, LatentCache, RMSNorm, apply_rope, attention_absorbed, attention_naive, rope_table
+import configs
+from mla import MLA, LatentCache, RMSNorm, apply_rope, attention_torch, decode_torch, rope_table
 
 VARIANTS = pytest.mark.parametrize("changes", [dict(), dict(q_lora_rank=14), dict(q_lora_rank=14, **YARN)],
                                    ids=["q direct", "q latent", "q latent, YaRN"])
@@ -189,9 +190,9 @@ def test_absorption_is_an_identity_of_the_formulas_themselves():
     rand = lambda *shape: torch.randn(*shape, dtype=torch.float64)
     q_nope, q_rope, c_kv, k_rope = rand(B, T, H, d_n), rand(B, T, H, d_r), rand(B, T, r_kv), rand(B, T, d_r)
     w_uk, w_uv = rand(H, d_n, r_kv), rand(H, d_v, r_kv)
-    naive = attention_naive(q_nope, q_rope, torch.einsum("hnr,btr->bthn", w_uk, c_kv), k_rope.unsqueeze(2),
+    naive = attention_torch(q_nope, q_rope, torch.einsum("hnr,btr->bthn", w_uk, c_kv), k_rope.unsqueeze(2),
                             torch.einsum("hvr,btr->bthv", w_uv, c_kv), 0.3)
-    latent = attention_absorbed(torch.einsum("bthn,hnr->bthr", q_nope, w_uk), q_rope, torch.cat([c_kv, k_rope], -1),
+    latent = decode_torch(torch.einsum("bthn,hnr->bthr", q_nope, w_uk), q_rope, torch.cat([c_kv, k_rope], -1),
                                 torch.arange(T).expand(B, T), 0.3)
     agree(torch.einsum("bthr,hvr->bthv", latent, w_uv), naive, 1e-10)
 
@@ -245,6 +246,21 @@ def test_a_padded_row_overwrites_its_padding():
     assert seen[:, :, 0].tolist() == [[1, 1, 1, 2], [1, 2, 1, 0]]
 
 
+def test_the_host_knows_the_lengths_unless_the_cache_is_static():
+    cache = LatentCache(1, 2, 5, 3)
+    assert cache.positions(2).tolist() == [0, 1] and cache.even                         # the same for all rows
+    cache.advance(torch.tensor([2, 2]))
+    assert cache.even and cache.longest == 2
+    cache.advance(torch.tensor([0, 1]))
+    assert not cache.even and cache.longest == 3 and cache.positions(1).tolist() == [[2], [3]]
+    cache.static = True
+    cache.advance(torch.tensor([1, 2]))
+    assert cache.positions(1).tolist() == [[3], [5]] and cache.longest == 3             # from the lengths alone
+    cache.advance(-1)
+    seen = cache.write(0, cache.positions(1), torch.ones(2, 1, 3))
+    assert seen[:, :, 0].tolist() == [[0, 0, 1, 0, 0], [0, 0, 0, 0, 1]]                 # the whole buffer
+
+
 def test_bytes_per_token_is_the_arithmetic_of_the_report():
     assert LatentCache(61, 1, 2, 512 + 64, dtype=torch.bfloat16).bytes_per_token == 70_272
     small = LatentCache(3, 5, 11, 26)
@@ -254,3 +270,22 @@ def test_bytes_per_token_is_the_arithmetic_of_the_report():
 def test_multi_head_attention_would_cache_57_times_as_much():
     ordinary = 61 * 128 * (128 + 128) * 2                                    # every head's key and value, in BF16
     assert round(ordinary / LatentCache(61, 1, 1, 576, dtype=torch.bfloat16).bytes_per_token) == 57
+
+
+# --- prompts in pieces ------------------------------------------------------------------------------------------------
+
+def test_the_last_queries_over_all_keys_are_the_tail_of_the_whole():
+    B, S, H, d_n, d_r, d_v = 2, 9, 3, 24, 10, 20
+    shapes = (B, S, H, d_n), (B, S, H, d_r), (B, S, H, d_n), (B, S, 1, d_r), (B, S, H, d_v)
+    q_nope, q_rope, k_nope, k_rope, v = (torch.randn(*shape, dtype=torch.float64) for shape in shapes)
+    whole = attention_torch(q_nope, q_rope, k_nope, k_rope, v, 0.2)
+    for T in (1, 4, 8):
+        agree(attention_torch(q_nope[:, -T:], q_rope[:, -T:], k_nope, k_rope, v, 0.2), whole[:, -T:], 1e-12)
+
+
+def test_a_later_piece_of_a_prompt_is_naive_where_it_has_many_queries_and_absorbed_where_it_has_few():
+    with torch.device("meta"):
+        mla = MLA(configs.load(["v3_671b"]))
+    # Per head a key costs 512 * 256 products to unpack, and 1024 - 256 fewer for each query that then reads it.
+    assert [mla.naive_is_cheaper(T, T + 4096) for T in (1, 128, 164, 165, 512)] == [False] * 3 + [True] * 2
+    assert not mla.naive_is_cheaper(1, 2) and mla.naive_is_cheaper(512, 100_000)

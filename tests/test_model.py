@@ -197,13 +197,31 @@ def test_the_load_of_all_micro_batches_is_the_load_of_the_whole_batch():
 
 def test_recomputation_counts_no_token_twice_and_gives_the_same_gradients():
     tokens, out = random_tokens(2, 10), []
-    for recompute in (False, True):
-        v3 = build(recompute=recompute, balance_alpha=0.01)
+    for changes in ({}, {"recompute": True}, {"recompute_mla": True}):
+        v3 = build(**changes, q_lora_rank=14, balance_alpha=0.01)
         loss, _ = v3.loss(tokens)
         loss.backward()
-        out.append((counts(v3), loss, gradients(v3)))
-    assert [a.tolist() for a in out[0][0]] == [a.tolist() for a in out[1][0]]
-    assert torch.equal(out[0][1], out[1][1]) and all(torch.equal(g, out[1][2][name]) for name, g in out[0][2].items())
+        out.append(([a.tolist() for a in counts(v3)], loss, gradients(v3)))
+    load, loss, expected = out[0]
+    for other in out[1:]:
+        assert other[0] == load and torch.equal(other[1], loss)
+        assert all(torch.equal(g, other[2][name]) for name, g in expected.items())
+
+
+def test_recomputing_mla_keeps_its_input_and_its_output_only():
+    kept = {}
+    for recompute in (False, True):
+        v3, held = build(recompute_mla=recompute, q_lora_rank=14), []
+        x = torch.randn(2, 8, 32, dtype=torch.float64, requires_grad=True)
+        block, saved = v3.layers[0], lambda t: held.append(t) or t
+        with torch.autograd.graph.saved_tensors_hooks(saved, lambda t: t):
+            block.attention(x, v3.rope[:8])
+        weights = {p.data_ptr() for p in v3.parameters()}
+        own = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}
+        kept[recompute] = sum(n for at, n in own.items() if at not in weights)
+    print(f"bytes kept: {kept}")
+    norm = 8 * (2 * 8 * 32 + 2 * 8)                                    # what the norm before the FFN keeps: n and 1/rms
+    assert kept[True] <= norm + x.nbytes < kept[False] / 2
 
 
 def test_evaluation_counts_no_load_and_moves_no_bias():

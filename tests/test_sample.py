@@ -1,5 +1,6 @@
 """Generation: sampling, the two forms of attention around the cache, text that streams whole, and the command."""
 import dataclasses
+import re
 import signal
 import subprocess
 import sys
@@ -115,12 +116,12 @@ def test_greedy_generation_with_the_cache_is_recomputing_the_whole_sequence_for_
 
 def test_prefill_is_naive_and_every_token_after_it_is_absorbed(monkeypatch):
     v3, calls = build().eval(), []
-    for form in ("attention_naive", "attention_absorbed"):
+    for form in ("attention", "decode"):
         original = getattr(mla, form)
         monkeypatch.setattr(mla, form, lambda q, *rest, form=form, original=original:
                             calls.append((form, q.shape[1])) or original(q, *rest))
     greedy(v3, prompts_of(5), 3)
-    assert calls == [("attention_naive", 5)] * 3 + [("attention_absorbed", 1)] * 6          # 3 layers
+    assert calls == [("attention", 5)] * 3 + [("decode", 1)] * 6                        # 3 layers
 
 
 def test_a_batch_of_ragged_prompts_gives_what_each_prompt_gives_alone():
@@ -274,7 +275,7 @@ def test_the_middle_is_printed_between_prompt_and_suffix(run, command):
 def test_streamed_text_grows_by_whole_characters(run, command, capsys, monkeypatch):
     shown = []
 
-    def generate(v3, prompts, max_tokens, *sampling):
+    def generate(v3, prompts, max_tokens, *sampling, **drafting):
         for token in BYTES.encode_ordinary(TEXT):
             sampling[-1](0, token)
             shown.append(capsys.readouterr().out)
@@ -283,7 +284,38 @@ def test_streamed_text_grows_by_whole_characters(run, command, capsys, monkeypat
     assert "".join(shown) == ">" + TEXT and shown.count("") == len(TEXT.encode()) - len(TEXT)
 
 
+def test_speculation_writes_the_same_text_and_says_what_it_was_worth(run, command):
+    argv = f"--out_dir={run}", "--prompt=ab", "--prompt=xyz", "--max_tokens=20", "--temperature=0"
+    code, out, err = command(*argv, "--speculate=2")
+    assert code == 0 and out == command(*argv)[1] and "drafts" not in command(*argv)[2]
+    said = re.search(r"(\d+)% of the drafts accepted, (\d.\d\d) tokens per forward pass", err)
+    assert abs(float(said[2]) - (1 + 2 * int(said[1]) / 100)) < 0.02
+    assert f"{4 * (16 + 10) * 4:,} bytes a token" in err                                # 3 layers and the MTP module's
+    assert command(f"--out_dir={run}", "--speculate=3", "--seed=5", "--stream=False")[0] == 0
+
+
+def test_a_model_without_an_mtp_module_is_not_asked_to_speculate(tmp_path, command, monkeypatch):
+    save_run(tmp_path, n_mtp=0)
+    monkeypatch.setattr(sample, "weights", None)
+    code, out, err = command(f"--out_dir={tmp_path}", "--speculate=1")
+    assert code == 2 and not out and err.count("\n") == 1 and "--speculate" in err and "n_mtp is 0" in err
+
+
+def test_a_batch_that_memory_cannot_hold_is_refused_with_the_knob_to_turn(run, command, monkeypatch):
+    per_row = 3 * (16 + 10) * 4 * (3 + 20) + 6 * 4 * 260                                # latents, and some logits
+    argv = f"--out_dir={run}", "--prompt=ab", "--max_tokens=20"
+    monkeypatch.setattr(backend, "free_memory", lambda device: 10 * per_row)
+    assert command(*argv, "--num_samples=10")[0] == 0
+    code, out, err = command(*argv, "--num_samples=11")
+    assert code == 2 and not out and err.count("\n") == 1 and "11 sequences of 23 tokens" in err
+    assert "--num_samples or --max_tokens" in err
+    assert command(*argv, "--num_samples=10", "--speculate=1")[0] == 2
+    monkeypatch.undo()
+    assert command(*argv, "--num_samples=1000000000000")[0] == 2 or backend.free_memory(torch.device("cpu")) is None
+
+
 BAD = {
+    "--speculate=9": "at most 8",
     "--max_token=3": "did you mean --max_tokens?",
     "out/tiny": "--key=value",
     "--prompt": "write --prompt=VALUE",

@@ -418,7 +418,7 @@ def test_init_from_starts_at_the_loss_of_the_folder_and_can_be_resumed(whole, tm
     request.addfinalizer(lambda: Path("kept.py").replace("small.py"))
     more = dict(init_from=tmp_path / "hf", max_steps=4)
     for key, value in dict(dim=48, n_routed_experts=4, tokenizer="bpe").items():
-        assert f"--{key}: the model and its tokenizer are those of" in refused(tmp_path / "no", **more, **{key: value})
+        assert f"--{key}: model and tokenizer are those of" in refused(tmp_path / "no", **more, **{key: value})
     assert interrupted(monkeypatch, tmp_path / "run", 2, **more) == 143
     first = metrics(tmp_path / "run")[0][0]
     for key in ("loss", "mtp_loss"):
@@ -568,7 +568,7 @@ def test_a_folder_that_holds_a_run_is_refused_without_resume_and_one_without_a_r
 def test_where_the_micro_batch_is_the_balance_losss_batch_it_may_not_differ_on_resume():
     for scope, free in (("sequence", True), ("batch", False)):
         saved = {"config": dataclasses.asdict(config(balance_scope=scope))}
-        with contextlib.nullcontext() if free else pytest.raises(UserError, match="micro_batch_size was 2 and is now 8"):
+        with contextlib.nullcontext() if free else pytest.raises(UserError, match="micro_batch_size was 2 and"):
             train.check_resume(config(balance_scope=scope, micro_batch_size=8), saved)
 
 

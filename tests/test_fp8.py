@@ -160,7 +160,7 @@ def test_a_number_that_is_none_makes_its_whole_tile_nan_and_no_other(bad, rows):
     expected = torch.zeros(256, 256, dtype=torch.bool)
     expected[3 if rows == 1 else slice(0, 128), 128:] = True
     assert torch.equal(q.dequantize().isnan(), expected)
-    assert (q.values.float()[expected] == 0).all() and q.scale.isnan().sum() == 1              # the scale says it, alone
+    assert (q.values.float()[expected] == 0).all() and q.scale.isnan().sum() == 1              # the scale alone says it
     assert gemm_torch(q if rows == 1 else quantize_torch(x), quantize_torch(torch.randn(7, 256), 128))[3].isnan().all()
 
 

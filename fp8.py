@@ -194,16 +194,16 @@ if backend.has_triton():
         return ((x + large) - large).to(tl.float8e4nv)
 
     @triton.jit
-    def quantize_kernel(x, x_scale, row, row_scale, column, column_scale, M, K, x_stride, x_scale_stride, row_stride,
-                        column_stride, FP8: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    def quantize_kernel(x, x_scale, row, row_scale, column, column_scale, M, K, x_stride, x_scale_m, x_scale_k,
+                        row_stride, column_stride, SCALED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
                         POW2: tl.constexpr, BLOCK_M: tl.constexpr):
         """BLOCK_M x 128 of x: read once, written in 1x128 tiles and (BLOCK_M = 128) transposed in 128x1 tiles."""
         m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
         k = tl.program_id(1).to(tl.int64) * 128 + tl.arange(0, 128)
         inside = (m < M)[:, None] & (k < K)[None, :]
         tile = tl.load(x + m[:, None] * x_stride + k[None, :], mask=inside, other=0.0).to(tl.float32)
-        if FP8:
-            tile *= tl.load(x_scale + tl.program_id(1) * x_scale_stride + m, mask=m < M, other=0.0)[:, None]
+        if SCALED:
+            tile *= tl.load(x_scale + m * x_scale_m + tl.program_id(1) * x_scale_k, mask=m < M, other=0.0)[:, None]
         size = tl.where(tile == tile, tl.abs(tile), float("inf"))
         if ROWS:
             scale = scale_of(tl.max(size, 1), POW2)
@@ -231,7 +231,7 @@ if backend.has_triton():
                  mask=(k < K)[:, None] & (m < M)[None, :])
 
     @triton.jit
-    def gemm_kernel(a, b, y, a_scale, b_scale, M, N, K, y_stride, a_scale_stride, b_scale_m, b_scale_k,
+    def gemm_kernel(a, b, y, a_scale, b_scale, M, N, K, y_stride, a_scale_m, a_scale_k, b_scale_m, b_scale_k,
                     BLOCKS: tl.constexpr, BLOCK_M: tl.constexpr, GROUP: tl.constexpr):
         """BLOCK_M x 128 of y. A tile of 64 rows leaves room for three programs on a multiprocessor: while one scales
         and adds, the others multiply. GROUP tiles of rows at a time walk over all columns, to find B in the cache."""
@@ -244,11 +244,11 @@ if backend.has_triton():
         total = tl.zeros([BLOCK_M, 128], tl.float32)
         for k in tl.range(0, tl.cdiv(K, 128), num_stages=3):
             dot = tl.dot(a.load([i * BLOCK_M, k * 128]), b.load([j * 128, k * 128]).T)
-            s = tl.load(a_scale + k * a_scale_stride + m, mask=m < M, other=0.0)
+            s = tl.load(a_scale + m * a_scale_m + k * a_scale_k, mask=m < M, other=0.0)
             if BLOCKS:
                 total += dot * (s * tl.load(b_scale + j * b_scale_m + k * b_scale_k))[:, None]
             else:
-                t = tl.load(b_scale + k * b_scale_k + n, mask=n < N, other=0.0)
+                t = tl.load(b_scale + n * b_scale_m + k * b_scale_k, mask=n < N, other=0.0)
                 total += dot * (s[:, None] * t[None, :])
         tl.store(y + m.to(tl.int64)[:, None] * y_stride + n[None, :], total, mask=(m < M)[:, None] & (n < N)[None, :])
 
@@ -264,7 +264,7 @@ def quantize_triton(x, pow2=False, rows=True, columns=False):
     column = Quantized(empty(K, M, device=x.device), make(m, K).t()) if columns else None
     r, c, s = row or column, column or row, q.scale if q else x            # what is not asked for is not written
     quantize_kernel[triton.cdiv(M, BLOCK_M), k](
-        x, s, r.values, r.scale, c.values, c.scale, M, K, x.stride(0), s.stride(1), r.values.stride(0),
+        x, s, r.values, r.scale, c.values, c.scale, M, K, x.stride(0), *s.stride(), r.values.stride(0),
         c.values.stride(0), q is not None, rows, columns, pow2, BLOCK_M, num_warps=8 if columns else 4)
     return row, column
 
@@ -287,8 +287,8 @@ def gemm_triton(a, b, y):
               for q, rows in ((a, BLOCK_M), (b, BLOCK)))
     # One row of b is both a row and a block, and then either reading is right.
     gemm_kernel[triton.cdiv(M, BLOCK_M) * triton.cdiv(N, BLOCK),](
-        a8, b8, y, a.scale, b.scale, M, N, K, y.stride(0), a.scale.stride(1), b.scale.stride(0), b.scale.stride(1),
-        len(b.scale) < N, BLOCK_M, GROUP=16, num_warps=4)
+        a8, b8, y, a.scale, b.scale, M, N, K, y.stride(0), *a.scale.stride(), *b.scale.stride(), len(b.scale) < N,
+        BLOCK_M, GROUP=16, num_warps=4)
     return y
 
 

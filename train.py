@@ -132,7 +132,7 @@ def model_config(c, argv):
 
 def make_optimizer(c, v3):
     """AdamW; weight decay on matrices only, embedding and head included, norms not."""
-    moments = torch.bfloat16 if c.moments == "bf16" else torch.float32
+    moments = torch.bfloat16 if c.moments == "bf16" else None                          # None: as the weight
     params = list(v3.parameters())
     groups = [{"params": [p for p in params if p.ndim > 1], "weight_decay": c.weight_decay},
               {"params": [p for p in params if p.ndim == 1], "weight_decay": 0.0}]

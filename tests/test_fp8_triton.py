@@ -13,7 +13,7 @@ import torch
 
 import backend
 import fp8
-from fp8 import E4M3, Quantized, gemm_torch, quantize_torch
+from fp8 import E4M3, E5M6, Quantized, gemm_torch, quantize_torch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 GPU = torch.cuda.is_available() and backend.fp8_kernels(torch.device("cuda"))[0] == "Triton" and not INTERPRETED
@@ -79,6 +79,9 @@ def test_what_was_kept_in_fp8_is_requantized_along_the_tokens_bit_for_bit(M, K):
         rows = slice(M // 3, M)                                                # the rows of one expert
         column = fp8.quantize_triton(kept[rows], rows=False, columns=True)[1]
         equal(column, quantize_torch(kept[rows].dequantize().t()))
+        kept = quantize_torch(x.to(DEVICE), fmt=E5M6, pow2=True)               # 12 bits, the scales in another layout
+        column = fp8.quantize_triton(kept[rows], pow2=True, rows=False, columns=True)[1]
+        equal(column, quantize_torch(kept[rows].dequantize().t(), pow2=True))
 
 
 @kernels
@@ -145,7 +148,8 @@ def test_the_rows_of_one_expert_are_multiplied_where_they_lie():
 
 
 @kernels
-def test_a_whole_linear_on_the_kernels_is_the_references(monkeypatch):
+@pytest.mark.parametrize("kept", [E4M3, E5M6], ids=["E4M3", "E5M6"])
+def test_a_whole_linear_on_the_kernels_is_the_references(kept, monkeypatch):
     if not GPU:
         monkeypatch.setattr(backend, "fp8_kernels", lambda device: ("Triton", "a test"))
         monkeypatch.setattr(fp8, "takes_cublas", lambda *_: False)
@@ -155,7 +159,7 @@ def test_a_whole_linear_on_the_kernels_is_the_references(monkeypatch):
         layer = fp8.Linear(140, 60).to(DEVICE)
         with torch.no_grad():
             layer.weight.copy_(torch.linspace(-1, 1, 140 * 60).view(60, 140).sin())
-        layer.recipe = fp8.Recipe(E4M3, reference)
+        layer.recipe = fp8.Recipe(kept, reference)
         inputs = x.clone().requires_grad_()
         y = layer(inputs)
         y.backward(dy)

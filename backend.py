@@ -42,7 +42,8 @@ def keep_freed_memory():
 
 
 def peak_flops(device, precision):
-    """Peak FLOP/s of the matrix units that `precision` uses, or None where we don't know it."""
+    """Peak FLOP/s of the matrix units that `precision` uses, or None where we don't know it; of BF16 for FP8 too, so
+    that the two can be compared."""
     if device.type != "cuda" or precision == "fp32":
         return None
     name = torch.cuda.get_device_name(device)

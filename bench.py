@@ -695,7 +695,7 @@ def load(section):
 def tables():
     """{name of a marked place in the README: its text}, from the committed results."""
     t, c, a, d, s = load("tiny"), load("char"), load("ablations"), load("decode"), load("speculation")
-    attention = load("attention")
+    attention, low = load("attention"), load("fp8_loss")
     mean = lambda runs, key: statistics.mean(r[key] for r in runs)
     spread = lambda runs, key: statistics.stdev(r[key] for r in runs) if len(runs) > 1 else 0.0
     vio = lambda runs: f"{mean(runs, 'max_vio'):.2f}" if mean(runs, "max_vio") else "-"
@@ -749,6 +749,15 @@ def tables():
               f"{r['fp8_us']:.0f} |" for r in shapes), "",
             f"{d['gpu']}, V3's dims. Relative error: {error['triton']:.1e} (plain torch in BF16 {error['torch']:.1e}), "
             f"with an FP8 cache {error['triton_fp8']:.1e}."])
+    if low:
+        of = lambda precision, key: [r[key] for r in low["runs"] if r["precision"] == precision]
+        against = lambda precision: statistics.mean(x / y - 1 for x, y in zip(of(precision, "loss"), of("bf16", "loss")))
+        names = {"fp32": "FP32", "bf16": "BF16", "fp8_reference": "FP8, the reference"}
+        out["fp8_loss"] = "\n".join([
+            "| products | training loss, last 100 steps, of each seed | against BF16 | validation loss |",
+            "|---|---|---|---|",
+            *(f"| {name} | {', '.join(f'{x:.4f}' for x in of(key, 'loss'))} | {against(key):+.2%} | "
+              f"{', '.join(f'{x:.4f}' for x in of(key, 'val_loss'))} |" for key, name in names.items())])
     if s:
         out["speculation"] = "\n".join([
             "| drafts | of them accepted | tokens per forward pass | time of the drafts / of a plain step | tokens/s | "
@@ -803,6 +812,21 @@ def readme(options):
     axes.invert_yaxis()
     figure.tight_layout()
     figure.savefig(RESULTS / "cache.png", dpi=110)
+
+    figure, axes = pyplot.subplots(figsize=(6, 3))
+    errors = load("fp8_error")["errors"]
+    for numbers, style in zip(dict.fromkeys(r["numbers"] for r in errors), ("-", "--")):
+        rows = [r for r in errors if r["numbers"] == numbers]
+        for key, color in (("not_promoted", "tab:red"), ("promoted", "tab:blue")):
+            axes.plot([r["K"] for r in rows], [r[key] for r in rows], style, color=color,
+                      label=f"{key.replace('_', ' ')}, {numbers}")
+    axes.set(yscale="log", xlabel="length of the product (K)", ylabel="relative error",
+             title="FP8 products summed in 14 bits")
+    axes.set_xscale("log", base=2)
+    axes.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(RESULTS / "fp8_error.png", dpi=110)
+
 
 SECTIONS = {"tiny": tiny, "char": char, "ablations": ablations, "speculation": speculation,
             "attention": attention, "decode": decode, "fp8_error": fp8_error, "fp8_loss": fp8_loss,

@@ -283,6 +283,9 @@ def check(c, where=None):
         wrong("min_lr", f"is more than lr = {c.lr}; give both")
     if c.eval_stride > c.seq_len:
         wrong("eval_stride", f"is more than seq_len = {c.seq_len}: it would leave tokens out")
+    if c.compile and c.precision.startswith("fp8"):
+        wrong("compile", f"does not go with precision = {c.precision!r}: torch.compile cannot trace a weight that keeps "
+                         f"its FP8 copy from step to step")
     if not c.data:
         wrong("data", "is empty")
 

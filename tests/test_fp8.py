@@ -422,6 +422,8 @@ def test_fp8_on_a_machine_without_it_is_refused_in_one_line_that_names_the_refer
     with pytest.raises(UserError, match="no GPU.*fp8_reference") as e:
         train.main(["configs/char.py", "--precision=fp8", "--device=cpu"])
     assert "\n" not in str(e.value)
+    with pytest.raises(UserError, match="--compile.*does not go with precision = 'fp8_reference'"):
+        train.main(["configs/char.py", "--precision=fp8_reference", "--compile"])
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A100")
     path, why = backend.fp8_kernels(torch.device("cuda"))

@@ -541,7 +541,8 @@ def test_a_run_in_fp8_with_bf16_moments_resumes_to_the_same_bits(tmp_path, monke
     same_bits(found, tensors(tmp_path / "whole"))
     kinds = {name.partition("/")[0] if "/" in name else "weight": t.dtype for name, t in found.items()
              if t.dtype.is_floating_point}
-    assert kinds == {"weight": torch.float32, "exp_avg": torch.bfloat16, "exp_avg_sq": torch.bfloat16}
+    high, low = torch.float32, torch.bfloat16
+    assert kinds == {"weight": high, "ema": high, "exp_avg": low, "exp_avg_sq": low}
 
 
 def test_the_plan_counts_the_bytes_of_moments_and_of_fp8_weights(capsys):

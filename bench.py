@@ -35,6 +35,7 @@ import torch
 
 import backend
 import configs
+import dualpipe
 import fp8
 import mla
 import sample
@@ -699,7 +700,7 @@ def tables():
     mean = lambda runs, key: statistics.mean(r[key] for r in runs)
     spread = lambda runs, key: statistics.stdev(r[key] for r in runs) if len(runs) > 1 else 0.0
     vio = lambda runs: f"{mean(runs, 'max_vio'):.2f}" if mean(runs, "max_vio") else "-"
-    out = {}
+    out = {"dualpipe": f"```\n{dualpipe.table(dualpipe.parse([]))}\n```"}
     if t:
         out["tiny"] = (
             f"| | |\n|---|---|\n| time, process start to last line | {t['seconds'] / 60:.1f} minutes "
@@ -812,6 +813,7 @@ def readme(options):
     axes.invert_yaxis()
     figure.tight_layout()
     figure.savefig(RESULTS / "cache.png", dpi=110)
+    call(["dualpipe.py", f"--png={RESULTS / 'dualpipe.png'}"], HERE)
 
     figure, axes = pyplot.subplots(figsize=(6, 3))
     errors = load("fp8_error")["errors"]

@@ -27,7 +27,8 @@ Linear after attention is kept in a format of 12 bits, E5M6, since attention's o
 are powers of two, so that going from 1x128 to 128x1 tiles only moves exponents.
 
 In high precision stay the embedding, the head, the gates, the norms and attention itself (3.3.1). The optimizer's FP32
-weights are the masters: they are quantized once per step, not once per micro-batch. AdamW's moments are BF16.
+weights are the masters: they are quantized once per step, not once per micro-batch. AdamW's moments are BF16. Nobody
+waits for Wgrad, so a pipeline (dualpipe.py) may have it put off.
 
 Shapes: N tokens (rows), M x K times N x K in a product, E experts. In tiles: m = ceil(M/128), k = ceil(K/128); the last
 tile of a ragged dim is smaller, as in the released checkpoints.
@@ -378,6 +379,20 @@ def busy(ends):
     return [(e, slice(start, end)) for e, (start, end) in enumerate(zip([0, *ends], ends)) if end > start]
 
 
+def weight_gradient(weight, compute):
+    """compute(), the gradient of a parameter, for its autograd function to return; or None where the parameter has a
+    list as `queue`: then a closure that computes it and adds it to weight.grad goes there."""
+    queue = getattr(weight, "queue", None)
+    if queue is None:
+        return compute()
+
+    def later():
+        grad = compute()
+        weight.grad = grad if weight.grad is None else weight.grad.add_(grad)
+
+    queue.append(later)
+
+
 class Products(torch.autograd.Function):
     """y_r = W_e before(x)_r for the rows r of expert e (figure 6), rows sorted by expert.
 
@@ -389,7 +404,8 @@ class Products(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, ends, recipe, before, *extra):
         a = quantize(before(x, *extra) if before else x, recipe.pow2, recipe.reference)
-        (w, _), y = quantized(weight, recipe.reference), x.new_empty(len(x), weight.shape[-2])
+        # W^T of this forward pass, and the parameter itself, on which a queue may hang.
+        (w, ctx.w), ctx.weight, y = quantized(weight, recipe.reference), weight, x.new_empty(len(x), weight.shape[-2])
         for e, rows in busy(ends):
             gemm(a[rows], w[e], y[rows], recipe.reference)
         if any(ctx.needs_input_grad):
@@ -397,28 +413,29 @@ class Products(torch.autograd.Function):
                 a = quantize_torch(x, fmt=recipe.kept, pow2=recipe.pow2)
             elif before:
                 a = quantize(x, recipe.pow2, recipe.reference)
-            ctx.save_for_backward(a.values, a.scale, weight, *extra)
+            ctx.save_for_backward(a.values, a.scale, *extra)
             ctx.ends, ctx.recipe, ctx.before = ends, recipe, before
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        values, scale, weight, *extra = ctx.saved_tensors
-        before, recipe, a = ctx.before, ctx.recipe, Quantized(values, scale)
+        values, scale, *extra = ctx.saved_tensors
+        weight, ends, before, recipe, a = ctx.weight, ctx.ends, ctx.before, ctx.recipe, Quantized(values, scale)
         if before:
             inputs = [t.detach().requires_grad_() for t in (a.dequantize().to(dy.dtype), *extra)]
             with torch.enable_grad():
                 a = before(*inputs)                                                           # [R, in]
-        (_, w), dy_columns, da = quantized(weight, recipe.reference), {}, dy.new_empty(len(dy), weight.shape[-1])
-        for e, rows in busy(ctx.ends):
+        dy_columns, da = {}, dy.new_empty(len(dy), weight.shape[-1])
+        for e, rows in busy(ends):
             dy8, dy_columns[e] = quantize_both(dy[rows], recipe.reference)
-            gemm(dy8, w[e], da[rows], recipe.reference)
+            gemm(dy8, ctx.w[e], da[rows], recipe.reference)
         dx, *d_extra = torch.autograd.grad(a, inputs, da) if before else [da]
         a = a.detach() if before else a
-        return dx, weight_gradient(weight, dy_columns, a, ctx.ends, recipe), None, None, None, *d_extra
+        dw = weight_gradient(weight, lambda: wgrad(weight, dy_columns, a, ends, recipe))
+        return dx, dw, None, None, None, *d_extra
 
 
-def weight_gradient(weight, dy_columns, a, ends, recipe):
+def wgrad(weight, dy_columns, a, ends, recipe):
     """Wgrad, dW_e = dy_e^T a_e: dy_columns {busy expert: Quantized [out, its rows]}, a [R, in], plain or Quantized in
     1x128 tiles -> float32, of the weight's shape. An idle expert's is zero."""
     dw = torch.zeros_like(weight)
@@ -435,6 +452,24 @@ def linear_torch(x, weight, dtype=None):
     """x W^T in `dtype` (None: x's): x [..., in], weight [out, in] -> [..., out]."""
     dtype = dtype or x.dtype
     return F.linear(x.to(dtype), weight.to(dtype))
+
+
+class Product(torch.autograd.Function):
+    """linear_torch in x's dtype, with a Wgrad that can be put off."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        w = weight.to(x.dtype)
+        ctx.save_for_backward(x, w)
+        ctx.weight = weight                                              # the parameter itself: the queue hangs on it
+        return F.linear(x, w)
+
+    @staticmethod
+    def backward(ctx, dy):
+        (x, w), weight = ctx.saved_tensors, ctx.weight
+        dx = dy @ w if ctx.needs_input_grad[0] else None
+        wgrad = lambda: (dy.flatten(0, -2).t() @ x.flatten(0, -2)).to(weight.dtype)
+        return dx, weight_gradient(weight, wgrad) if ctx.needs_input_grad[1] else None
 
 
 if backend.has_triton():
@@ -472,8 +507,10 @@ MAX_ROWS = 2                                  # on an H100; from 4 rows cuBLAS r
 
 
 def linear(x, weight):
-    """x W^T in x's dtype: linear_torch, for up to MAX_ROWS rows on a GPU without gradients by linear_triton: 2-5
-    microseconds for a layer's product where cuBLAS takes 4-6."""
+    """x W^T in x's dtype: with gradients Product, without them linear_torch, or for up to MAX_ROWS rows on a GPU
+    linear_triton: 2-5 microseconds for a layer's product where cuBLAS takes 4-6."""
+    if torch.is_grad_enabled():
+        return Product.apply(x, weight)
     return (linear_triton if backend.use_decode_kernels(x, MAX_ROWS) else linear_torch)(x, weight)
 
 

@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import backend
-from fp8 import Linear, Products, busy, linear_triton
+from fp8 import Linear, Products, busy, linear_triton, weight_gradient
 
 if backend.has_triton():
     import triton
@@ -231,15 +231,16 @@ class Combine(torch.autograd.Function):
 class GroupedLinear(torch.autograd.Function):
     """y_r = W[expert of row r] x_r for rows sorted by expert.
 
-    x [R, in], w [E, out, in], ends (for each expert, the end of its rows) -> [R, out]
+    x [R, in], weight [E, out, in], ends (for each expert, the end of its rows) -> [R, out], in x's dtype
 
     One product per busy expert, written into one buffer; idle experts cost nothing and get a zero gradient.
     """
 
     @staticmethod
-    def forward(ctx, x, w, ends):
+    def forward(ctx, x, weight, ends):
+        w = weight.to(x.dtype)
         ctx.save_for_backward(x, w)
-        ctx.ends = ends
+        ctx.weight, ctx.ends = weight, ends
         y = x.new_empty(len(x), w.shape[1])
         for e, rows in busy(ends):
             torch.mm(x[rows], w[e].t(), out=y[rows])
@@ -247,12 +248,18 @@ class GroupedLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        x, w = ctx.saved_tensors
-        dy, dx, dw = dy.contiguous(), torch.empty_like(x), torch.zeros_like(w)
-        for e, rows in busy(ctx.ends):
+        (x, w), ends, weight = ctx.saved_tensors, ctx.ends, ctx.weight
+        dy, dx = dy.contiguous(), torch.empty_like(x)
+        for e, rows in busy(ends):
             torch.mm(dy[rows], w[e], out=dx[rows])
-            torch.mm(dy[rows].t(), x[rows], out=dw[e])
-        return dx, dw, None
+
+        def wgrad():
+            dw = torch.zeros_like(w)
+            for e, rows in busy(ends):
+                torch.mm(dy[rows].t(), x[rows], out=dw[e])
+            return dw.to(weight.dtype)
+
+        return dx, weight_gradient(weight, wgrad), None
 
 
 def grouped_linear(x, w, load, recipe=None, before=None, *extra):
@@ -261,9 +268,9 @@ def grouped_linear(x, w, load, recipe=None, before=None, *extra):
     ends = load.cumsum(0)
     if recipe:
         return Products.apply(x, w, ends.tolist(), recipe, before, *extra)
-    x, w = before(x, *extra) if before else x, w.to(x.dtype)
+    x = before(x, *extra) if before else x
     if backend.use_grouped_mm(x):
-        return F.grouped_mm(x, w.transpose(1, 2), offs=ends.to(torch.int32))
+        return F.grouped_mm(x, w.to(x.dtype).transpose(1, 2), offs=ends.to(torch.int32))
     return GroupedLinear.apply(x, w, ends.tolist())
 
 

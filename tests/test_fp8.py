@@ -228,8 +228,8 @@ def test_only_fp8_is_kept_of_an_input_and_no_copy_of_the_weight():
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         layer(x)
-    assert {t.dtype for t in kept if t is not layer.weight} == {torch.float8_e4m3fn, torch.float32}
-    assert sum(t.nbytes for t in kept if t is not layer.weight) == 256 * 384 + 256 * 3 * 4
+    assert {t.dtype for t in kept} == {torch.float8_e4m3fn, torch.float32}
+    assert sum(t.nbytes for t in kept) == 256 * 384 + 256 * 3 * 4
 
 
 def test_the_linear_after_attention_keeps_12_bits_with_scales_of_powers_of_two():
@@ -238,7 +238,7 @@ def test_the_linear_after_attention_keeps_12_bits_with_scales_of_powers_of_two()
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         y = layer(x)
-    values, scale, _ = kept
+    values, scale = kept
     assert values.dtype == torch.float16 and (values.view(torch.int16) & 15 == 0).all()        # 6 of FP16's 10 bits
     assert torch.equal(fp8.round_up(scale), scale)
     y.backward(dy)
@@ -269,6 +269,37 @@ def test_weights_are_quantized_once_per_step_and_again_when_somebody_wrote_to_th
     layer.to(torch.float64)                                                    # a new tensor under the same parameter
     layer(x.double())
     assert len(made) == 4
+
+
+def test_recomputing_a_layer_quantizes_no_weight_again(monkeypatch):
+    made, whole = [], fp8.quantize_blocks
+    monkeypatch.setattr(fp8, "quantize_blocks", lambda w, reference: made.append(1) or whole(w, reference))
+    v3 = V3(tiny(precision="fp8_reference", recompute=True))
+    v3.loss(random_tokens(2, 34))[0].backward()
+    assert len(made) == sum(1 + isinstance(m, MoE) for m in v3.modules() if getattr(m, "recipe", None))
+
+
+def test_backward_uses_the_weight_of_its_forward_pass():
+    layer, x, dy = linear_fp8(8, 16, 24)
+    w, y = quantize_torch(layer.weight.detach(), 128), layer(x)
+    with torch.no_grad():
+        layer.weight.mul_(2.0)
+    y.backward(dy)
+    assert torch.equal(x.grad, gemm_torch(quantize_torch(dy), w.mT))
+
+
+@pytest.mark.parametrize("experts", [False, True])
+def test_wgrad_can_be_put_off_into_a_queue(experts):
+    w = torch.randn(2, 40, 30) if experts else torch.randn(40, 30)
+    x, dy, ends = torch.randn(50, 30), torch.randn(50, 40), [20, 50] if experts else [50]
+    now, later = w.clone().requires_grad_(), w.clone().requires_grad_()
+    later.queue = []
+    for weight in (now, now, later, later):                                    # two micro-batches each
+        Products.apply(x.clone().requires_grad_(), weight, ends, Recipe(reference=True), None).backward(dy)
+    assert later.grad is None and len(later.queue) == 2
+    for put_off in later.queue:
+        put_off()
+    assert torch.equal(later.grad, now.grad) and now.grad.abs().sum() > 0
 
 
 def test_the_weights_follow_the_optimizer_of_train():

@@ -142,7 +142,8 @@ def make_optimizer(c, v3):
     # The fused kernels write to the weights without saying so, and FP8 quantizes a weight anew when it has changed.
     optimizer.register_step_post_hook(lambda *_: torch.autograd.graph.increment_version(params))
     for p in params:                               # from the start, so that a checkpoint has somewhere to load them
-        optimizer.state[p] = {"step": torch.zeros((), device=p.device if p.is_cuda else None),
+        on_gpu = p.is_cuda and c.moments == "fp32"                             # where the fused kernel reads the step
+        optimizer.state[p] = {"step": torch.zeros((), device=p.device if on_gpu else None),
                               "exp_avg": torch.zeros_like(p, dtype=moments),
                               "exp_avg_sq": torch.zeros_like(p, dtype=moments)}
     return optimizer

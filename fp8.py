@@ -34,8 +34,8 @@ Shapes: N tokens (rows), M x K times N x K in a product, E experts. In tiles: m 
 tile of a ragged dim is smaller, as in the released checkpoints.
 Defined for bad numbers: a tile's scale is at least 2^-126 (a tile of zeros divides by no zero), and a tile that holds a
 NaN or an infinity gets the scale NaN: all of it reads as NaN, and nothing saturates unseen.
-Simplified against V3: the layers that share an input (W_dq and W_dkv) quantize it each for itself; E5M6 is held in
-FP16, of which it is a subset: 16 bits where packing would take 12; attention recomputes nothing of its own.
+Simplified against V3: the layers that share an input (W_dq and W_dkv) quantize it each for itself; attention keeps its
+output in BF16 besides; E5M6 is held in FP16, of which it is a subset: 16 bits where packing would take 12.
 """
 from dataclasses import dataclass
 

@@ -731,15 +731,16 @@ def tables():
               f"{vio(v['runs'])} | {mean(v['runs'], 'seconds'):.0f} |"
               for name, v in a["variants"].items())])
     if attention:
-        cell = lambda r, way: " | ".join(f"{r['Triton, ' + way][key + '_ms']:.2f} ({r[way + ', times cuDNN'][key]:.2f}x)"
-                                         for key in ("forward", "backward"))
+        cell = lambda r, way: " | ".join(
+            f"{r['Triton, ' + way][key + '_ms']:.2f} ({r[way + ', times cuDNN'][key]:.2f}x)"
+            for key in ("forward", "backward"))
         out["attention"] = "\n".join([
-            "| batch, heads, tokens | forward, ms | backward, ms | kernel alone: forward | backward | memory of the block |",
+            "| batch, heads, tokens | forward, ms | backward, ms | kernel alone: forward | backward | memory |",
             "|---|---|---|---|---|---|",
             *(f"| {r['B']}, {r['H']}, {r['T']:,} | {cell(r, 'block')} | {cell(r, 'kernel')} | "
               f"{r['block, times cuDNN']['memory']:.2f}x |" for r in attention["shapes"]), "",
             f"{attention['gpu']}, dims {'/'.join(map(str, attention['shapes'][0]['dims']))}, BF16. In brackets: speed "
-            f"against cuDNN, and its memory."])
+            f"against cuDNN; memory: the peak of the attention block, against the same."])
     if d:
         shapes, error = d["attention"]["shapes"], d["attention"]["error"]
         out["decode"] = "\n".join([

@@ -753,7 +753,7 @@ def tables():
             f"with an FP8 cache {error['triton_fp8']:.1e}."])
     if low:
         of = lambda precision, key: [r[key] for r in low["runs"] if r["precision"] == precision]
-        against = lambda precision: statistics.mean(x / y - 1 for x, y in zip(of(precision, "loss"), of("bf16", "loss")))
+        against = lambda precision: statistics.mean(of(precision, "loss")) / statistics.mean(of("bf16", "loss")) - 1
         names = {"fp32": "FP32", "bf16": "BF16", "fp8_reference": "FP8, the reference"}
         out["fp8_loss"] = "\n".join([
             "| products | training loss, last 100 steps, of each seed | against BF16 | validation loss |",

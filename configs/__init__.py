@@ -284,8 +284,8 @@ def check(c, where=None):
     if c.eval_stride > c.seq_len:
         wrong("eval_stride", f"is more than seq_len = {c.seq_len}: it would leave tokens out")
     if c.compile and c.precision.startswith("fp8"):
-        wrong("compile", f"does not go with precision = {c.precision!r}: torch.compile cannot trace a weight that keeps "
-                         f"its FP8 copy from step to step")
+        wrong("compile", f"does not go with precision = {c.precision!r}: torch.compile cannot trace a weight that "
+                         f"keeps its FP8 copy from step to step")
     if not c.data:
         wrong("data", "is empty")
 

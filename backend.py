@@ -6,7 +6,6 @@ prints at its start says what was chosen and why, so that no fallback is silent.
 """
 import ctypes
 import functools
-import importlib.util
 import os
 import platform
 
@@ -52,14 +51,32 @@ def peak_flops(device, precision):
 
 @functools.cache
 def has_triton():
-    return importlib.util.find_spec("triton") is not None
+    """Whether there is a Triton with all that the kernels import from it."""
+    try:
+        import triton.experimental.gluon.language.nvidia.hopper
+        import triton.tools.tensor_descriptor  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def no_triton(device):
+    """Why kernels can't run on this device, or None."""
+    if device.type != "cuda":
+        return "no GPU"
+    return None if has_triton() else "Triton is not installed"
+
+
+def hopper(device):
+    """Whether this GPU is an NVIDIA Hopper; AMD's numbers its own generations 9 too."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == 9
 
 
 def latent_decode(device, dtype, r_kv, d_r):
     """(path, why) of attention over the latent cache: 'Triton' or 'torch'."""
-    if device.type != "cuda" or not has_triton():
-        return "torch", "no Triton here" if device.type == "cuda" else "no GPU"
-    if torch.cuda.get_device_capability(device)[0] != 9:
+    if no_triton(device):
+        return "torch", no_triton(device)
+    if not hopper(device):
         return "torch", "the kernel's tiles are made for Hopper"
     if dtype != torch.bfloat16:
         return "torch", "the kernel takes BF16"
@@ -75,11 +92,9 @@ def multiprocessors(device):
 
 def attention(device, dtype, dims):
     """(path, why) of training attention for head dims (d_n, d_r, d_v): 'Triton' or 'torch SDPA'."""
-    if device.type != "cuda":
-        return "torch SDPA", "torch's own CPU kernel" if device.type == "cpu" else "no Triton on this device"
-    if not has_triton():
-        return "torch SDPA", "Triton is not installed"
-    if torch.cuda.get_device_capability(device)[0] != 9:
+    if no_triton(device):
+        return "torch SDPA", no_triton(device)
+    if not hopper(device):
         return "torch SDPA", "the kernels' tiles are made for Hopper"
     if dtype != torch.bfloat16:
         return "torch SDPA", "the kernels take BF16"
@@ -125,9 +140,11 @@ def use_grouped_mm(x):
     return x.is_cuda and x.dtype == torch.bfloat16
 
 
-def use_graph(config, x):
-    """Decoding as a CUDA graph: where no operation of a step waits for the host, which the loop over experts does."""
-    return x.is_cuda and config.precision == "bf16"
+def use_graph(config, x, most):
+    """Decoding tokens x [B, T] as a CUDA graph: where no operation of a step waits for the host. The loop over experts
+    does, and off Hopper F.grouped_mm, which takes over beyond `most` tokens."""
+    fast = x.is_cuda and config.precision == "bf16" and decode_kernels(x.device, torch.bfloat16)[0] == "Triton"
+    return fast and (x.numel() <= most or hopper(x.device))
 
 
 def captured(step, state, generator=None):
@@ -169,8 +186,8 @@ def free_memory(device):
 
 def decode_kernels(device, dtype):
     """(path, why) of the gate, the experts and Linear where few tokens are generated: 'Triton' or 'torch'."""
-    if device.type != "cuda" or not has_triton():
-        return "torch", "Triton is not installed" if device.type == "cuda" else "no GPU"
+    if no_triton(device):
+        return "torch", no_triton(device)
     if torch.cuda.get_device_capability(device)[0] < 8:
         return "torch", "the kernels want an Ampere GPU or a later one"
     if dtype == torch.float64:
@@ -191,13 +208,12 @@ def use_copied_experts(x, size):
 
 def fp8_kernels(device):
     """(path, why) of FP8's products: 'Triton' or 'torch'."""
-    if device.type != "cuda":
-        return "torch", "no GPU"
-    capability = torch.cuda.get_device_capability(device)
-    if capability < (8, 9):
-        return "torch", f"{torch.cuda.get_device_name(device)} has no FP8: compute capability {capability[0]}." \
-                        f"{capability[1]}, and 8.9 is the first that does"
-    return ("Triton", "the GPU has FP8") if has_triton() else ("torch", "Triton is not installed")
+    if no_triton(device):
+        return "torch", no_triton(device)
+    if torch.version.hip or torch.cuda.get_device_capability(device) < (8, 9):
+        return "torch", f"{torch.cuda.get_device_name(device)} does not multiply E4M3: NVIDIA's do from compute " \
+                        f"capability 8.9"
+    return "Triton", "the GPU has FP8"
 
 
 def table(device, config):
@@ -207,15 +223,20 @@ def table(device, config):
     grouped, fp8 = gpu and config.precision == "bf16", config.precision.startswith("fp8")
     asked = ("torch", "the reference was asked for") if config.precision == "fp8_reference" else fp8_kernels(device)
     dims = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
-    small = gpu and has_triton()
+    latent = config.kv_lora_rank, config.qk_rope_head_dim
     fused = "fused" if device.type in ("cpu", "cuda") else "fused only on CPU and CUDA"
-    return [
+    rows = [
         ("attention", *attention(device, dtype, dims)),
-        ("norm, RoPE", "Triton" if small else "torch",
-         "one pass over memory each" if small else "Triton is not installed" if gpu else "no Triton on this device"),
+        ("norm, RoPE", "torch" if no_triton(device) else "Triton", no_triton(device) or "one pass over memory each"
+         + ("" if dims[1] & dims[1] - 1 == 0 else f"; RoPE in torch, d_r = {dims[1]} is no power of two")),
         *([("FP8", *asked)] if fp8 else []),
         ("experts", "F.grouped_mm" if grouped else "one product per busy expert",
          "FP8" if fp8 else "BF16 on a GPU" if grouped else "grouped_mm wants BF16 on a GPU"),
         ("generation", *decode_kernels(device, dtype)),
+        ("decoding", *latent_decode(device, dtype, *latent)),
         ("optimizer", *(("torch AdamW", fused) if config.moments == "fp32" else ("AdamW of fp8.py", "BF16 moments"))),
     ]
+    if config.bf16_head:
+        rows.append(("head's loss", "BF16" if fast_bf16(device) else "FP32",
+                     "bf16_head" if fast_bf16(device) else "bf16_head, but no BF16 in this processor"))
+    return rows

@@ -44,6 +44,7 @@ from configs import UserError
 from data import documents, split
 from mla import LatentCache, decode_torch, decode_triton, quantize
 from model import V3, Block
+from moe import MAX_TOKENS
 from parallel import latest, read_state, write_atomic
 
 HERE = Path(__file__).resolve().parent
@@ -256,7 +257,7 @@ def parts_of_a_step(v3, prompt, drafts, repeats=48):
         h = v3.hidden(batch.tokens, batch.cache)[0]
         kept = batch.tokens.clone(), torch.ones_like(batch.lengths)                      # a step's tokens: one stands
         call = lambda: step(batch, h, *kept)
-        return batch.graph(call) if use_graph(v3.config, batch.tokens) else call
+        return batch.graph(call) if use_graph(v3.config, batch.tokens, MAX_TOKENS) else call
 
     calls = {"plain": part(0, lambda batch, *_: batch.step()),
              "main": part(drafts, lambda batch, *_: v3.logits(v3.hidden(batch.tokens, batch.cache)[0]).argmax(-1)),

@@ -296,7 +296,7 @@ def gemm_triton(a, b, y):
 def takes_cublas(a, b, y):
     """Whether cuBLASLt has the product: on Hopper, BF16 out, 1x128 x 128x128, whole blocks of N."""
     (M, K), N = a.values.shape, len(b.values)
-    return torch.cuda.get_device_capability(y.device)[0] == 9 and y.dtype == torch.bfloat16 \
+    return backend.hopper(y.device) and y.dtype == torch.bfloat16 \
         and len(b.scale) < N and M % 4 == 0 and K % 16 == 0 and N % BLOCK == 0
 
 

@@ -35,15 +35,13 @@ from torch import nn
 import backend
 from fp8 import Linear
 
-try:
+if backend.has_triton():                                       # macOS, Windows: the torch forms are all there is
     import triton
     import triton.language as tl
     from triton.experimental import gluon
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.language.nvidia import hopper
     from triton.tools.tensor_descriptor import TensorDescriptor
-except ImportError:                                            # macOS, Windows: the torch forms are all there is
-    triton = None
 
 
 # --- RMSNorm ----------------------------------------------------------------------------------------------------------
@@ -74,7 +72,7 @@ def rms_norm_torch(x, weight, eps):
     return Normalize.apply(x.to(high), weight.to(high), eps).to(x.dtype)
 
 
-if triton is not None:
+if backend.has_triton():
     @triton.jit
     def rms_norm_forward(x, weight, y, r, eps, D, stride, BLOCK: tl.constexpr):
         row, cols = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
@@ -193,7 +191,7 @@ def split_rope_torch(x, H, rope):
     return plain, apply_rope(turned, rope)
 
 
-if triton is not None:
+if backend.has_triton():
     @triton.jit
     def turn_heads(x, rope, H, D, positions, SIGN: tl.constexpr, D_R: tl.constexpr, BLOCK: tl.constexpr):
         """Turn the last D_R of each head's D dims of one token, in place; SIGN -1 turns back."""
@@ -250,9 +248,7 @@ class Split(torch.autograd.Function):
         return a.as_strided((*a.shape[:-1], a.shape[-1] + b.shape[-1]), a.stride()), None
 
 
-@torch.compiler.disable                                        # it cannot follow where gradients lie
-def split_joined(x, d):
-    return Split.apply(x, d)
+split_joined = torch.compiler.disable(Split.apply)             # the compiler can't follow where gradients lie
 
 
 def split(x, d):
@@ -379,7 +375,6 @@ def attention_torch(q_nope, q_rope, k_nope, k_rope, v, scale, starts=None):
     -> [B, T, H, d_v]. starts int32 [B, T], with S = T: where each token's document begins; query i sees the keys
     starts[i]..i. None: 0..i.
     """
-    T, S = q_nope.shape[1], k_nope.shape[1]
     q = torch.cat([q_nope, q_rope], -1)                                                       # [B, T, H, d_n + d_r]
     k = torch.cat([k_nope, k_rope.expand(-1, -1, q.shape[2], -1)], -1)                        # [B, S, H, d_n + d_r]
     T, S, seen = q.shape[1], k.shape[1], None
@@ -413,7 +408,7 @@ def document_starts(tokens, eos):
 # or touches a document's boundary needs a mask; the others, nearly all, run in a loop of their own without it.
 # Nothing is added atomically: the same bits every time.
 
-if triton is not None:
+if backend.has_triton():
     SIZES = ["T", "H", "BH", "group", "stride_l"]              # one compiled kernel serves every length and batch
 
     @triton.jit
@@ -598,6 +593,7 @@ class Attention(torch.autograd.Function):
         B, T, H, d_n = q_nope.shape
         d_r, d_v, padded = q_rope.shape[-1], v.shape[-1], T + -T % 4        # a descriptor's rows: multiples of 16 bytes
         q_nope, q_rope, k_nope, k_rope, v = map(readable, (q_nope, q_rope, k_nope, k_rope, v))
+        starts = starts if starts is None else starts.contiguous()
         if kept:
             out, lse = kept.pop()
         else:
@@ -653,10 +649,10 @@ def attention_triton(q_nope, q_rope, k_nope, k_rope, v, scale, starts=None, kept
 
 
 def attention(q_nope, q_rope, k_nope, k_rope, v, scale, starts=None, kept=None):
-    """attention_torch, by the path that backend names for these tensors."""
+    """attention_torch, by the path that backend names for these tensors; the kernels want as many keys as queries."""
     dims = q_nope.shape[-1], q_rope.shape[-1], v.shape[-1]
     path, _ = backend.attention(q_nope.device, q_nope.dtype, dims)
-    if path == "Triton":
+    if path == "Triton" and k_nope.shape[1] == q_nope.shape[1]:
         return attention_triton(q_nope, q_rope, k_nope, k_rope, v, scale, starts, kept)
     return attention_torch(q_nope, q_rope, k_nope, k_rope, v, scale, starts)
 
@@ -679,7 +675,7 @@ def decode_torch(q_latent, q_rope, latents, positions, scale):
     return torch.einsum("bths,bsr->bthr", scores.softmax(-1).to(latents.dtype), latents[..., :r_kv])
 
 
-if triton:
+if backend.has_triton():
     # The kernel's time is the cache's way through memory, so a tile of it is loaded once and multiplied twice: as keys
     # by the queries, as values by the softmax. All T * H queries of a row read the same keys and together are the rows
     # of both products. One row of the batch would keep one multiprocessor busy, so its keys are cut into `splits` equal
@@ -839,6 +835,7 @@ def decode_triton(q_latent, q_rope, latents, positions, scale, splits=None):
     if isinstance(latents, Fp8Latents):
         c_kv, tile_scale, k_rope = latents
     else:
+        latents = latents if latents.stride(-1) == 1 else latents.contiguous()
         c_kv, tile_scale, k_rope = latents[..., :R], None, latents[..., R:]
     # Up to 16 queries: tensor cores idle anyway, and two small programs on each multiprocessor keep more bytes on the
     # way. More: 64 are what Hopper's wide products take, and one program fills a multiprocessor's shared memory.
@@ -870,7 +867,8 @@ def decode_triton(q_latent, q_rope, latents, positions, scale, splits=None):
 def decode(q_latent, q_rope, latents, positions, scale):
     """Attention over the cache, see decode_torch, by the path that backend.latent_decode names."""
     path, _ = backend.latent_decode(q_latent.device, q_latent.dtype, q_latent.shape[-1], q_rope.shape[-1])
-    run = decode_triton if path == "Triton" else decode_torch
+    wanted = torch.is_grad_enabled() and q_latent.requires_grad      # the kernels have no gradients
+    run = decode_triton if path == "Triton" and not wanted else decode_torch
     return run(q_latent, q_rope, latents, positions, scale)
 
 
@@ -916,10 +914,7 @@ class MLA(nn.Module):
                 c_kv, k_rope = latents.unsqueeze(-2).split([self.r_kv, self.d_r], -1)
                 c_kv = c_kv.squeeze(-2)
         k_nope, v = split(self.wkv_b(c_kv).unflatten(-1, (self.H, -1)), self.d_n)
-        if k_nope.shape[1] > x.shape[1]:
-            out = attention_torch(q_nope, q_rope, k_nope, k_rope, v, self.scale)
-        else:
-            out = attention(q_nope, q_rope, k_nope, k_rope, v, self.scale, starts, kept)      # [B, T, H, d_v]
+        out = attention(q_nope, q_rope, k_nope, k_rope, v, self.scale, starts, kept)          # [B, T, H, d_v]
         return self.wo(out.flatten(-2))
 
     def naive_is_cheaper(self, queries, keys):

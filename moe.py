@@ -466,9 +466,10 @@ def experts_triton(x, indices, weights, w13, w2, shared=None):
     order, starts, counts = torch.empty(R + 2 * (E + S), dtype=torch.int32, device=x.device).split([R, E + S, E + S])
     sort_kernel[E + S,](indices, order, starts, counts, R, E, K, S, BLOCK=power(R), num_warps=4)
     BLOCK_R, out = 16 if N <= 16 else 32, x.new_empty(R, D)
+    most = 128 if w13.element_size() == x.element_size() == 2 else 32              # FP32 tiles must fit small GPUs too
     tile_hidden_kernel[E + S, triton.cdiv(F_, 32)](
         x, order, starts, counts, weights, w13, shared13, hidden, D, F_, E, K, S,
-        BLOCK_R, BLOCK_F=32, BLOCK_D=min(128, max(16, power(D))), num_warps=4, num_stages=4)
+        BLOCK_R, BLOCK_F=32, BLOCK_D=min(most, max(16, power(D))), num_warps=4, num_stages=4)
     tile_out_kernel[E + S, triton.cdiv(D, 64)](
         hidden, order, starts, counts, w2, shared2, out, D, F_, E, S,
         BLOCK_R, BLOCK_D=64, BLOCK_F=min(128, max(16, power(F_))), num_warps=4, num_stages=3)

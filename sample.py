@@ -46,6 +46,7 @@ import parallel
 from configs import MACHINE_FIELDS, Config, UserError, param
 from data import load_tokenizer, special
 from model import V3, config_from_hf, from_hf, official_tensors
+from moe import MAX_TOKENS
 
 # --- from logits to a token -------------------------------------------------------------------------------------------
 
@@ -215,7 +216,7 @@ def rounds(batch, steps):
     """The tokens of each step in turn, as lists: the one time a step that the host waits for the device."""
     on_host = backend.on_host
     ready, step = on_host(batch.prefill()), batch.speculate if batch.K else batch.step
-    if not backend.use_graph(batch.v3.config, batch.tokens):
+    if not backend.use_graph(batch.v3.config, batch.tokens, MAX_TOKENS):
         for _ in range(steps - 1):
             yield ready()
             ready = on_host(step())
@@ -242,6 +243,8 @@ def generate(v3, prompts, max_tokens, temperature=0.8, top_k=0, top_p=0.95, gene
         raise ValueError("generate: call v3.eval() first")
     if not all(prompts):
         raise ValueError("generate: a prompt is empty")
+    if max_tokens < 1:
+        raise ValueError(f"generate: max_tokens is {max_tokens}, it must be at least 1")
     if drafts and not v3.mtp:
         raise ValueError("generate: drafts need an MTP module, and n_mtp is 0")
     steps, tally = min(max_tokens, room(v3.config, prompts)), Counter() if tally is None else tally
@@ -249,10 +252,9 @@ def generate(v3, prompts, max_tokens, temperature=0.8, top_k=0, top_p=0.95, gene
     out, going = [[] for _ in prompts], set(range(len(prompts)))
     for n, tokens in enumerate(rounds(batch, steps)):
         for row in sorted(going):                              # rows that have ended run along until the last has
-            new = [token for token in tokens[row] if token >= 0]
-            if drafts and n:                                   # the first token is the prompt's
-                tally.update(forwards=1, accepted=len(new) - 1)
-            for token in new:
+            tally.update(forwards=1 if drafts and n else 0)    # the first token is the prompt's
+            for k, token in enumerate(token for token in tokens[row] if token >= 0):
+                tally.update(accepted=1 if k else 0)
                 if token != eos:
                     out[row].append(token)
                     if on_token:

@@ -162,7 +162,7 @@ def run_tensors(v3, optimizer, ema):
 
 @torch.no_grad()
 def evaluate(v3, data):
-    """(nats per token, bits per byte) over the whole validation text, in non-overlapping windows of seq_len."""
+    """(nats per token, bits per byte) over the whole validation text, in windows of seq_len (eval_stride)."""
     v3.eval()
     T, device, total, count = v3.config.seq_len, v3.embed.weight.device, 0.0, 0
     for tokens, valid in data.eval_windows(max(1, 16384 // T)):

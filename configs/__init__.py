@@ -97,9 +97,9 @@ class Config:
     precision: str = param("fp32", "of the matrix products; weights stay fp32; fp8 wants a GPU that has it, "
                            "fp8_reference is the same on plain torch", choices=("fp32", "bf16", "fp8", "fp8_reference"))
     moments: str = param("fp32", "dtype of AdamW's two moments", choices=("fp32", "bf16"))
-    bf16_head: bool = param(False, "the head's products of the training loss in BF16, on a CPU that has it")
+    bf16_head: bool = param(False, "the products of the head in the training loss in BF16, where the processor has it")
     recompute: bool = param(False, "recompute each block in backward instead of keeping its activations")
-    recompute_mla: bool = param(False, "recompute only MLA's norms and up-projections (section 3.2.3)")
+    recompute_mla: bool = param(False, "recompute MLA's norms and projections, not its output (section 3.2.3)")
     compile: bool = param(False, "torch.compile the model")
 
     # --- the run ------------------------------------------------------------------------------------------------------

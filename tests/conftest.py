@@ -10,8 +10,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"                   # before Triton is imported: its kernels run on the CPU then
 
+import backend  # noqa: E402
 from configs import Config  # noqa: E402
 from model import V3  # noqa: E402
+
+GPU = torch.cuda.is_available()
+no_triton = pytest.mark.skipif(not backend.has_triton(), reason="Triton is not installed")
+off_hopper = pytest.mark.skipif(GPU and not backend.hopper(torch.device("cuda")), reason="the kernel is Hopper's")
 
 torch.set_num_threads(1)                                   # tiny matrices: a second thread only waits for the first
 

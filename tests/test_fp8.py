@@ -457,8 +457,9 @@ def test_fp8_on_a_machine_without_it_is_refused_in_one_line_that_names_the_refer
         train.main(["configs/char.py", "--precision=fp8_reference", "--compile"])
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A100")
+    monkeypatch.setattr(backend, "has_triton", lambda: True)
     path, why = backend.fp8_kernels(torch.device("cuda"))
-    assert path == "torch" and "A100" in why and "8.0" in why and "8.9" in why
+    assert path == "torch" and "A100" in why and "8.9" in why
 
 
 # --- the released checkpoint's format ---------------------------------------------------------------------------------

@@ -1,34 +1,21 @@
 """FP8's kernels against the plain-torch reference: quantization bit for bit, products to the rounding of their sums.
 
-On a GPU the tests run compiled. Elsewhere Triton's interpreter runs the kernels on the CPU: that has to be asked for
-before Triton is imported, and so in a process of its own, which the first test starts.
+On a GPU the tests run compiled, elsewhere in Triton's interpreter.
 """
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
+from conftest import GPU, no_triton
 
 import backend
 import fp8
 from fp8 import E4M3, E5M6, Quantized, gemm_torch, quantize_torch
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-GPU = torch.cuda.is_available() and backend.fp8_kernels(torch.device("cuda"))[0] == "Triton" and not INTERPRETED
 DEVICE = "cuda" if GPU else "cpu"
-kernels = pytest.mark.skipif(not GPU and not INTERPRETED,
-                             reason="compiled kernels need a GPU with FP8; Triton's interpreter has its own process")
+pytestmark = [no_triton, pytest.mark.skipif(GPU and backend.fp8_kernels(torch.device("cuda"))[0] == "torch",
+                                            reason="this GPU has no FP8")]
 SHAPES = [(1, 1), (3, 127), (129, 130)] + [(128, 128), (70, 300), (300, 40), (1000, 2000)] * GPU
-
-
-@pytest.mark.skipif(INTERPRETED or not backend.has_triton(), reason="starts Triton's interpreter, once")
-def test_the_kernels_pass_these_tests_under_tritons_interpreter():
-    run = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__],
-                         env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=280)
-    print(run.stdout)
-    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
 
 
 def equal(ours, theirs):
@@ -52,7 +39,6 @@ def samples(M, K):
             "zeros": torch.zeros(M, K), "bad": bad, "bf16": spread.to(torch.bfloat16)}
 
 
-@kernels
 @pytest.mark.parametrize("pow2", [False, True], ids=["float32 scales", "powers of two"])
 @pytest.mark.parametrize("M, K", SHAPES)
 def test_rows_and_columns_are_quantized_as_the_reference_does_bit_for_bit(M, K, pow2):
@@ -70,7 +56,6 @@ def test_rows_and_columns_are_quantized_as_the_reference_does_bit_for_bit(M, K, 
         equal(column, both[1])
 
 
-@kernels
 @pytest.mark.parametrize("M, K", SHAPES)
 def test_what_was_kept_in_fp8_is_requantized_along_the_tokens_bit_for_bit(M, K):
     for name, x in samples(M, K).items():
@@ -84,7 +69,6 @@ def test_what_was_kept_in_fp8_is_requantized_along_the_tokens_bit_for_bit(M, K):
         equal(column, quantize_torch(kept[rows].dequantize().t(), pow2=True))
 
 
-@kernels
 @pytest.mark.parametrize("E, M, K", [(1, 1, 1), (1, 130, 300), (3, 128, 40), (2, 200, 128)])
 def test_blocks_and_their_transpose_are_quantized_bit_for_bit(E, M, K):
     for name, w in samples(E * M, K).items():
@@ -96,7 +80,6 @@ def test_blocks_and_their_transpose_are_quantized_bit_for_bit(E, M, K):
         equal(t, expected.mT)
 
 
-@kernels
 def test_every_number_of_the_format_comes_through_the_cast():
     x = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
     x = torch.cat([x[:127], x[128:255]])                                       # 127 and 255 are NaN
@@ -104,7 +87,6 @@ def test_every_number_of_the_format_comes_through_the_cast():
     assert torch.equal(fp8.quantize_triton(x)[0].values.float(), x)
 
 
-@kernels
 @pytest.mark.parametrize("blocks", [True, False], ids=["Fprop, Dgrad", "Wgrad"])
 @pytest.mark.parametrize("M, N, K", [(1, 1, 1), (1, 130, 127), (64, 128, 128), (70, 300, 260), (1100, 130, 50)])
 def test_the_product_is_the_references(M, N, K, blocks):
@@ -120,7 +102,6 @@ def test_the_product_is_the_references(M, N, K, blocks):
     assert error < (1e-3 if GPU else 1e-6)
 
 
-@kernels
 @pytest.mark.parametrize("blocks", [True, False], ids=["Fprop, Dgrad", "Wgrad"])
 def test_where_no_sum_is_rounded_the_product_is_the_references_bit_for_bit(blocks):
     M, N, K = 70, 260, 400
@@ -133,7 +114,6 @@ def test_where_no_sum_is_rounded_the_product_is_the_references_bit_for_bit(block
     assert torch.equal(fp8.gemm_triton(a, b, torch.empty(M, N, device=DEVICE)), gemm_torch(a, b))
 
 
-@kernels
 def test_the_rows_of_one_expert_are_multiplied_where_they_lie():
     x, w = torch.randn(300, 140, device=DEVICE), torch.randn(3, 200, 140, device=DEVICE)
     a, (b, t) = fp8.quantize_triton(x)[0], fp8.blocks_triton(w)
@@ -147,7 +127,6 @@ def test_the_rows_of_one_expert_are_multiplied_where_they_lie():
     assert ((fp8.gemm_triton(dy, t[1], dx) - expected).norm() / expected.norm()) < 1e-3
 
 
-@kernels
 @pytest.mark.parametrize("kept", [E4M3, E5M6], ids=["E4M3", "E5M6"])
 def test_a_whole_linear_on_the_kernels_is_the_references(kept, monkeypatch):
     if not GPU:

@@ -1,15 +1,12 @@
 """Attention over the latent cache: the kernels against their torch form, and the FP8 cache.
 
-The kernel tests run compiled on a GPU (pytest -m gpu), and here in a process of their own, under Triton's interpreter.
+The kernel tests run compiled on a GPU, and elsewhere in Triton's interpreter.
 """
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import tiny
+from conftest import GPU, no_triton, off_hopper, tiny
 
 import backend
 import bench
@@ -18,25 +15,14 @@ import mla
 from mla import Fp8Latents, LatentCache, decode_torch, decode_triton, dequantize, quantize
 from model import V3
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-GPU = torch.cuda.is_available() and not INTERPRETED
 DEVICE = "cuda" if GPU else "cpu"
 DTYPE = torch.bfloat16 if GPU else torch.float32          # the interpreter can't multiply BF16, a GPU can't hold FP32
 SCALE = 192 ** -0.5
 
 
 def kernel(test):
-    """A test of the kernels: wherever they run."""
-    reason = "needs a GPU; test_the_kernels_under_the_interpreter runs it interpreted"
-    return pytest.mark.gpu(pytest.mark.skipif(not (GPU or INTERPRETED), reason=reason)(test))
-
-
-@pytest.mark.skipif(INTERPRETED or not backend.has_triton(), reason="needs Triton (its interpreter is enough)")
-def test_the_kernels_under_the_interpreter():
-    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    run = subprocess.run([sys.executable, "-m", "pytest", "-q", "-m", "gpu", __file__], env=env, capture_output=True,
-                         text=True, timeout=280)
-    assert run.returncode == 0 and " passed" in run.stdout, run.stdout + run.stderr
+    """A test of the kernels: compiled on a GPU, interpreted elsewhere."""
+    return pytest.mark.gpu(no_triton(off_hopper(test)))
 
 
 DIMS = (256, 64) if GPU else (64, 16)                      # r_kv, d_r
@@ -184,7 +170,7 @@ def test_without_a_gpu_the_torch_form_runs_and_says_why(monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
         assert "Hopper" in gpu(512, 64)[1]
     monkeypatch.setattr(backend, "has_triton", lambda: False)
-    assert gpu(512, 64) == ("torch", "no Triton here")
+    assert gpu(512, 64) == ("torch", "Triton is not installed")
 
 
 # --- the cache, in 8 bits ---------------------------------------------------------------------------------------------

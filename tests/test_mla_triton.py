@@ -2,7 +2,7 @@
 on a GPU compiled (pytest -m gpu)."""
 import pytest
 import torch
-from conftest import agree, tiny
+from conftest import GPU, agree, off_hopper, tiny
 from torch.utils.checkpoint import checkpoint
 
 import backend
@@ -10,8 +10,8 @@ import mla
 from mla import attention_torch, attention_triton, document_starts, rms_norm_torch, rms_norm_triton, split_rope_torch
 
 pytest.importorskip("triton", reason="triton is not installed: the torch forms are all there is")
-interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels are compiled here: pytest -m gpu")
-gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
+interpreted = pytest.mark.skipif(GPU, reason="the kernels are compiled here: pytest -m gpu")
+gpu = [pytest.mark.gpu, pytest.mark.skipif(not GPU, reason="needs a CUDA GPU"), off_hopper]
 
 TINY, V3 = (16, 16, 32), (128, 64, 128)                                                       # d_n, d_r, d_v
 

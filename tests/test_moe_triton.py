@@ -1,34 +1,16 @@
 """Generation's kernels, the gate's choice, the experts and Linear of a few rows, against their plain-torch forms.
 
-On a GPU the tests run compiled. Elsewhere Triton's interpreter runs the kernels on the CPU: that has to be asked for
-before Triton is imported, and so in a process of its own, which the first test starts.
+On a GPU the tests run compiled, elsewhere in Triton's interpreter.
 """
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
-from conftest import tiny
+from conftest import GPU, no_triton, tiny
 
 import backend
 from fp8 import linear_torch, linear_triton
 from moe import MAX_TOKENS, MoE, experts_torch, experts_triton, max_vio, route_torch, route_triton
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-GPU = torch.cuda.is_available() and backend.has_triton() and not INTERPRETED
 DEVICE = "cuda" if GPU else "cpu"
-kernels = pytest.mark.skipif(not GPU and not INTERPRETED,
-                             reason="compiled kernels need a GPU; Triton's interpreter has a process of its own")
-
-
-@pytest.mark.skipif(INTERPRETED or not backend.has_triton(), reason="starts Triton's interpreter, once")
-def test_the_kernels_pass_these_tests_under_tritons_interpreter():
-    run = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__],
-                         env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=240)
-    print(run.stdout)
-    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
-
 
 def random(*shape):
     return torch.randn(*shape).to(DEVICE)
@@ -50,7 +32,7 @@ def far_apart(N, E):
     return torch.stack([steps[torch.randperm(E)] for _ in range(N)]).to(DEVICE)
 
 
-@kernels
+@no_triton
 @pytest.mark.parametrize("mean_bias", [0.0, -2.0])
 @pytest.mark.parametrize("E, K, groups, limited",
                          [(1, 1, 1, 1), (8, 2, 1, 1), (60, 6, 1, 1), (64, 6, 1, 1), (12, 3, 4, 2), (64, 8, 8, 4)])
@@ -62,7 +44,7 @@ def test_the_gates_kernel_chooses_and_weighs_as_torch_does(E, K, groups, limited
     close(weights, theirs, 1e-6, "weights")
 
 
-@kernels
+@no_triton
 def test_of_experts_that_tie_the_lowest_is_chosen_first():
     logits = torch.zeros(1, 12, device=DEVICE)
     logits[0, 7] = 1.0
@@ -72,7 +54,7 @@ def test_of_experts_that_tie_the_lowest_is_chosen_first():
     assert route_triton(logits, bias, 6, 4, 2, 1.0)[0].tolist() == [[7, 0, 1, 2, 6, 8]]
 
 
-@kernels
+@no_triton
 def test_a_gate_gone_nan_still_names_experts_that_exist():
     logits = torch.full((2, 6), torch.nan, device=DEVICE)
     indices, weights = route_triton(logits, torch.zeros(6, device=DEVICE), 4, 1, 1, 1.0)
@@ -95,7 +77,7 @@ def layer(D, F, E, S, dtype=torch.float32):
     return w13.to(dtype), w2.to(dtype), shared and tuple(w.to(dtype) for w in shared)
 
 
-@kernels
+@no_triton
 @pytest.mark.parametrize("N, E, K, S, D, F", [
     (1, 8, 2, 1, 32, 16), (3, 64, 6, 1, 40, 12), (3, 8, 2, 0, 32, 16), (1, 1, 1, 1, 40, 12), (1, 8, 1, 2, 32, 16),
     (16, 1, 1, 0, 32, 16), (16, 64, 6, 2, 40, 24), (64, 8, 2, 1, 40, 24), (64, 64, 1, 0, 32, 16)])
@@ -107,7 +89,7 @@ def test_the_experts_kernels_equal_the_experts_in_torch_and_themselves_bit_for_b
     assert torch.equal(ours, experts_triton(x, indices, weights, w13, w2, shared))
 
 
-@kernels
+@no_triton
 @pytest.mark.parametrize("N", [3, 50])
 def test_all_tokens_may_choose_the_same_experts_and_the_others_idle(N):
     x, indices, weights = random(N, 32), choices(N, 8, 2, favour=(3, 6)), torch.rand(N, 2).to(DEVICE)
@@ -119,7 +101,7 @@ def test_all_tokens_may_choose_the_same_experts_and_the_others_idle(N):
     close(experts_triton(x, indices, weights, w13, w2, shared), theirs, 1e-5, "output")
 
 
-@kernels
+@no_triton
 @pytest.mark.parametrize("N, OUT, IN", [(1, 37, 100), (2, 8, 64), (3, 64, 1500), (4, 5, 3), (17, 64, 40)])
 def test_the_product_of_few_rows_is_the_product(N, OUT, IN):
     x, w = random(N, IN), random(OUT, IN)
@@ -131,7 +113,6 @@ def test_the_product_of_few_rows_is_the_product(N, OUT, IN):
 
 # --- in the layer -----------------------------------------------------------------------------------------------------
 
-@pytest.mark.skipif(INTERPRETED, reason="plain torch")
 @pytest.mark.parametrize("changes", [dict(), dict(n_shared_experts=2), dict(n_shared_experts=0)])
 def test_on_a_cpu_few_tokens_get_copies_of_their_experts_and_the_same_output(changes):
     moe = MoE(tiny(**changes)).double().eval()
@@ -158,7 +139,7 @@ def bench_layer():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not GPU, reason="needs a CUDA GPU")
+@pytest.mark.skipif(not GPU or not backend.has_triton(), reason="needs a CUDA GPU and Triton")
 @pytest.mark.parametrize("N", [1, 2, 8, 9, 64, 128])
 def test_in_bf16_the_kernels_are_no_further_from_float32_than_torch_is(N):
     x, indices, weights = random(N, 512).bfloat16(), choices(N, 16, 4), torch.rand(N, 4).to(DEVICE)
@@ -172,7 +153,7 @@ def test_in_bf16_the_kernels_are_no_further_from_float32_than_torch_is(N):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not GPU, reason="needs a CUDA GPU")
+@pytest.mark.skipif(not GPU or not backend.has_triton(), reason="needs a CUDA GPU and Triton")
 @pytest.mark.parametrize("N", [1, 64, MAX_TOKENS, MAX_TOKENS + 1])
 def test_a_layer_of_the_model_is_captured_as_a_cuda_graph(N):
     moe, x, y = bench_layer(), random(N, 1, 1024).bfloat16(), random(N, 1, 1024).bfloat16()

@@ -173,6 +173,13 @@ def on_host(tensor):
     return lambda: made.synchronize() or copy.tolist()
 
 
+def out_of_memory(error):
+    """Whether this exception says that memory has run out: a GPU's, torch's on a CPU, or numpy's."""
+    text = str(error)
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or isinstance(error, RuntimeError) and (
+        "can't allocate memory" in text or "not enough memory" in text)
+
+
 def free_memory(device):
     """Bytes that are free, on the GPU or in this machine; None where we can't tell."""
     if device.type == "cuda":

@@ -86,6 +86,8 @@ def documents(source):
     if os.path.isdir(path):
         docs = [(p.relative_to(path).as_posix(), read_text(p)) for p in walk(path) if p.is_file()]
     elif os.path.exists(path):
+        if not path.is_file():
+            raise UserError(f"data {source}: neither a file nor a folder; --data=PATH takes a text file or a folder")
         docs = [(path.name, read_text(path))]
     elif source == "stdlib":
         docs = standard_library()

@@ -437,6 +437,9 @@ def config_from_hf(folder, **changes):
     values = {ours: hf[theirs] or 0 if ours == "q_lora_rank" else hf[theirs]
               for ours, theirs in HF_FIELDS.items() if theirs in hf}
     rope = hf.get("rope_parameters") or {**(hf.get("rope_scaling") or {}), "rope_theta": hf.get("rope_theta", 10000.0)}
+    if not isinstance(rope, dict) or any(not isinstance(rope.get(key, 1), (int, float)) for key in (
+            "rope_theta", "factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")):
+        raise UserError(f"{path}: the RoPE parameters are not an object of numbers: {rope!r}")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "yarn"):
         raise UserError(f"{path}: rope type {kind!r} is not supported, only 'default' and 'yarn'")
@@ -469,7 +472,7 @@ def from_hf(folder, device="cpu", **changes):
     try:
         files = ["model.safetensors"]
         if index.is_file():
-            files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            files = sorted({str(f) for f in json.loads(index.read_text())["weight_map"].values()})
     except (ValueError, KeyError, AttributeError, TypeError) as e:
         raise UserError(f"{index}: not a safetensors index: {e!r}") from None
     absent = [f for f in files if not (folder / f).is_file()]

@@ -98,6 +98,13 @@ def save_checkpoint(out_dir, step, tensors, state, tokenizer):
 
 def checkpoints(out_dir):
     """Whole checkpoints in out_dir, oldest first."""
+    try:
+        os.stat(out_dir)
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError) as e:
+        raise UserError(f"--out_dir={str(out_dir)[:80]}: {e.strerror if isinstance(e, OSError) else e}; give another") \
+            from None
     return sorted(p for p in Path(out_dir).glob("step_" + 8 * "[0-9]") if (p / "state.json").is_file())
 
 
@@ -117,7 +124,8 @@ def read_state(path):
     path = Path(path) / "state.json"
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
-        if state["format"] == 1 and state["files"] and state["config"]:
+        right = all(isinstance(state[key], kind) for key, kind in (("step", int), ("config", dict), ("files", dict)))
+        if state["format"] == 1 and right and state["config"] and state["files"]:
             return state
     except (OSError, ValueError, KeyError, TypeError):
         pass

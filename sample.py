@@ -4,7 +4,7 @@ The problem. Tokens come one at a time, and each needs the whole model: every ac
 multiplication and one addition. A processor does tens to hundreds of those in the time of one read, so decoding waits
 for memory: time per token = (active weights + cache) / bandwidth. Two remedies. A batch reads the weights once for all
 of its rows. The cache is each row's own, there only a smaller one helps: MLA keeps r_kv + d_r numbers per token and
-layer instead of the keys and values of every head, in V3 576 instead of 128 * (192 + 128) = 40,960.
+layer instead of the keys and values of every head, in V3 576 instead of 128 * (128 + 128) = 32,768.
 
 Latent attention runs in both of its forms (mla.py), each where it is cheap:
 
@@ -313,6 +313,8 @@ def is_hf(folder):
 def look(path, ema=False):
     """(folder, Config, tokenizer, what it is) of a run's newest checkpoint, one checkpoint or a Hugging Face folder.
     The weights are not touched: what is wrong with the input shows before the long work. UserError."""
+    if not path:
+        raise UserError("--out_dir is empty: give a run's folder, a checkpoint or a Hugging Face folder")
     folder = Path(path)
     if is_hf(folder):
         config, what = config_from_hf(folder), f"{folder}"
@@ -419,7 +421,7 @@ def parse(argv):
             raise UserError(f"{arg}: {name} must be {'True or False' if kind is bool else kind.__name__}, "
                             f"not {text!r}") from None
         # The comparison also refuses nan, for which none holds.
-        if low is not None and not low <= value <= (math.inf if high is None else high):
+        if low is not None and not (low <= value <= (math.inf if high is None else high) and value != math.inf):
             raise UserError(f"{arg}: out of range: at least {low}" + (f", at most {high}" if high else ""))
         if name == "top_p" and value == 0:
             raise UserError(f"{arg}: nothing would be left to sample; always the likeliest token is --temperature=0")
@@ -495,7 +497,9 @@ def main(argv):
     except KeyboardInterrupt:
         print()
         return 130
-    except torch.OutOfMemoryError:
+    except (MemoryError, RuntimeError) as e:
+        if not backend.out_of_memory(e):
+            raise
         raise UserError("out of memory: ask for fewer --num_samples or --max_tokens, or use --device=cpu") from None
 
 

@@ -124,6 +124,8 @@ def model_config(c, argv):
             raise UserError(f"--{key}: model and tokenizer are those of --init_from={c.init_from}; leave it out")
     run = {f: getattr(c, f) for f in fields[first:]}
     run["tokenizer"] = str(Path(c.init_from) / "tokenizer.json")
+    if Path(c.init_from, "config.json").is_file() and not Path(run["tokenizer"]).is_file():
+        raise UserError(f"--init_from={c.init_from}: no tokenizer.json there; put the model's own beside config.json")
     if "n_mtp" in given:
         run["n_mtp"] = c.n_mtp
     print(f"init_from: the model and its tokenizer are those of {c.init_from}")
@@ -211,10 +213,16 @@ class Log:
             self.path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as e:
             raise UserError(f"--out_dir={c.out_dir}: cannot be made ({e.strerror}); give another") from None
-        old = self.path.read_text(encoding="utf-8").splitlines() if start_step and self.path.exists() else []
+        old = self.path.read_text(encoding="utf-8", errors="replace") if start_step and self.path.exists() else ""
         # Later steps will be run again, and so will the last evaluation. A crash may have cut the last line.
-        kept = [line for line in old if line.endswith("}") and (row := json.loads(line))["step"] <= start_step
-                and not ("val_loss" in row and row["step"] == c.max_steps)]
+        kept = []
+        for line in old.splitlines():
+            try:
+                row = json.loads(line)
+                again = row["step"] > start_step or "val_loss" in row and row["step"] == c.max_steps
+                kept += [] if again or "time" not in row else [line]
+            except (ValueError, KeyError, TypeError):                                       # no line of ours, or a part
+                continue
         parallel.write_atomic(self.path, "".join(line + "\n" for line in kept))
         self.began = time.time() - (json.loads(kept[-1])["time"] if kept else 0)
         self.shown = 0.0
@@ -265,14 +273,19 @@ def main(argv):
                         f"steps); leave out --resume to start")
     newest = have[-1] if c.resume else None
     if newest:
-        check_resume(c, parallel.read_state(newest))
+        state = parallel.read_state(newest)
+        if not isinstance(state.get("updates"), int) or "source" not in (state.get("data") or {}):
+            raise UserError(f"{newest}/state.json: not a run's, or damaged; remove its folder and go on from the one "
+                            f"before")
+        check_resume(c, state)
     try:
         again = shlex.join(a for a in argv if a.partition("=")[0] not in ("--resume", "--out_dir"))
         return run(c, device, newest, again)
-    except (torch.OutOfMemoryError, RuntimeError) as e:
-        if isinstance(e, torch.OutOfMemoryError) or "can't allocate memory" in str(e) or "not enough memory" in str(e):
+    except (MemoryError, RuntimeError) as e:
+        if backend.out_of_memory(e):
             raise UserError(f"out of memory: lower --micro_batch_size (now {c.micro_batch_size}; the result stays the "
-                            f"same) or set --recompute=True") from None
+                            f"same) or set --recompute=True; if the model alone is too large, --dim or --n_layers") \
+                from None
         raise
 
 
@@ -290,7 +303,8 @@ def eval_only(c):
     import sample
     v3, _, what = sample.load(c.eval_only, c.device)
     folder = Path(c.eval_only) if (Path(c.eval_only) / "tokenizer.json").is_file() else parallel.latest(c.eval_only)
-    v3.config = v3.config.replace(seq_len=min(c.seq_len, v3.config.context), data=c.data,
+    T = min(c.seq_len, v3.config.context)
+    v3.config = v3.config.replace(seq_len=T, eval_stride=min(c.eval_stride, T), data=c.data,
                                   tokenizer=str(folder / "tokenizer.json"), fim_rate=c.fim_rate)
     loss, bpb = evaluate(v3, Data(v3.config))
     print(f"{what}: val loss {loss:.4f} nats per token, {bpb:.4f} bits per byte")

@@ -35,7 +35,7 @@ class Config:
     # --- the model ----------------------------------------------------------------------------------------------------
     vocab_size: int = param(4096, "rows of the embedding; a trained tokenizer gets exactly this many tokens", 2)
     dim: int = param(256, "width of the residual stream (D)", 1)
-    n_layers: int = param(4, "transformer blocks of the main model", 1)
+    n_layers: int = param(4, "transformer blocks of the main model", 1, 10_000)
     n_dense_layers: int = param(1, "first blocks with a dense FFN instead of experts", 0)
     inter_dim: int = param(704, "hidden width of a dense FFN", 1)
     moe_inter_dim: int = param(256, "hidden width of one expert", 1)
@@ -70,7 +70,7 @@ class Config:
     fim_rate: float = param(0.1, "share of documents rearranged for fill-in-the-middle (section 4.1)", 0.0, 1.0)
 
     # --- the optimization ---------------------------------------------------------------------------------------------
-    batch_size: int = param(16, "sequences per optimizer step, over all ranks", 1)
+    batch_size: int = param(16, "sequences per optimizer step, over all ranks", 1, 10_000_000)
     micro_batch_size: int = param(16, "sequences per forward/backward pass on one rank", 1)
     max_steps: int = param(1000, "optimizer steps of the whole run", 1)
     lr: float = param(3e-3, "peak learning rate", 0.0)
@@ -79,7 +79,7 @@ class Config:
     warmup_steps: int = param(50, "steps of linear warmup", 0)
     decay_start: int = param(0, "step at which the cosine begins; the MTP weight falls to a third here", 0)
     decay_end: int = param(0, "step at which the cosine ends and the bias update stops; 0 = max_steps", 0)
-    batch_ramp: int = param(0, "steps over which the batch grows from a fifth to batch_size; 0 = none", 0)
+    batch_ramp: int = param(0, "steps over which the batch grows from a fifth to batch_size; 0 = none", 0, 1_000_000)
     weight_decay: float = param(0.1, "AdamW's decay, on matrices only", 0.0)
     beta1: float = param(0.9, "AdamW's first decay rate", 0.0, 1.0)
     beta2: float = param(0.95, "AdamW's second decay rate", 0.0, 1.0)
@@ -273,6 +273,9 @@ def check(c, where=None):
         wrong("n_expert_groups", "leaves groups of one expert; a group's score is the sum of its best two")
     if c.max_seq_len and c.max_seq_len < c.seq_len:
         wrong("max_seq_len", f"is shorter than seq_len = {c.seq_len}")
+    for key, least in dict(rope_theta=1, beta_fast=0, beta_slow=0).items():
+        if getattr(c, key) == least:
+            wrong(key, f"must be above {least}")
     if c.beta1 == 1 or c.beta2 == 1:
         wrong("beta1" if c.beta1 == 1 else "beta2", "must be below 1")
     if c.ema_decay == 1:

@@ -598,6 +598,29 @@ def test_where_the_micro_batch_is_the_balance_losss_batch_it_may_not_differ_on_r
             train.check_resume(config(balance_scope=scope, micro_batch_size=8), saved)
 
 
+@pytest.mark.parametrize("key, value", dict(updates=None, data=[], config=[1], files="a", step="x").items())
+def test_a_state_json_with_a_wrong_field_is_named(again, key, value):
+    path = parallel.latest(again) / "state.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    assert str(path) in refused(again, "--resume")
+
+
+@pytest.mark.parametrize("line", [b"garbage}\n", b"\xff\xfe\0\n", b"[1]\n", b'{"step": "x"}\n'])
+def test_lines_of_metrics_that_are_not_ours_are_dropped_on_resume(again, whole, line):
+    path = again / "metrics.jsonl"
+    path.write_bytes(line + path.read_bytes() + line)
+    assert go(again, "--resume") == 0
+    assert numbers(again) == numbers(whole)
+
+
+def test_eval_only_scores_in_the_windows_that_it_is_given(whole, capsys):
+    losses = []
+    for stride in (0, 1, 32):
+        assert go("unused", eval_only=whole, eval_stride=stride) == 0
+        losses.append(capsys.readouterr().out.split("val loss ")[1])
+    assert losses[0] == losses[2] != losses[1]
+
+
 def test_a_finished_run_that_is_resumed_repeats_no_line(whole, tmp_path):
     run = shutil.copytree(whole, tmp_path / "run")
     assert go(run, "--resume") == 0
@@ -636,6 +659,10 @@ MISTAKES = {
     "no such model": (dict(init_from="nowhere"), "nowhere: no config.json there"),
     "nothing to resume": (dict(resume=True), "no checkpoint"),
     "nothing to evaluate": (dict(eval_only="nowhere"), "no checkpoint"),
+    "not a file": (dict(data=os.devnull), "neither a file nor a folder"),
+    "a batch beyond all memory": (dict(batch_size=10**13), "at most 10000000"),
+    "an impossible folder": (dict(out_dir="x" * 5000), "give another"),
+    "RoPE without frequencies": (dict(rope_theta=1), "rope_theta = 1.0 must be above 1"),
     "no such device": (dict(device="mps"), "--device=cpu"),
 }
 

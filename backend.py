@@ -41,7 +41,8 @@ def keep_freed_memory():
 
 
 def peak_flops(device, precision):
-    """Peak FLOP/s of the matrix units that `precision` uses, or None where we don't know it."""
+    """Peak FLOP/s of the matrix units that `precision` uses, or None where we don't know it; of BF16 for FP8 too, so
+    that the two can be compared."""
     if device.type != "cuda" or precision == "fp32":
         return None
     name = torch.cuda.get_device_name(device)
@@ -212,22 +213,35 @@ def use_copied_experts(x, size):
     return x.device.type == "cpu" and size <= 100_000 and not torch.is_grad_enabled()
 
 
+def fp8_kernels(device):
+    """(path, why) of FP8's products: 'Triton' or 'torch'."""
+    if no_triton(device):
+        return "torch", no_triton(device)
+    if torch.version.hip or torch.cuda.get_device_capability(device) < (8, 9):
+        return "torch", f"{torch.cuda.get_device_name(device)} does not multiply E4M3: NVIDIA's do from compute " \
+                        f"capability 8.9"
+    return "Triton", "the GPU has FP8"
+
+
 def table(device, config):
     """[(mechanism, path taken, why)] for the start-up table of a Config."""
     gpu = device.type == "cuda"
-    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-    grouped = gpu and dtype == torch.bfloat16
+    dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
+    grouped, fp8 = gpu and config.precision == "bf16", config.precision.startswith("fp8")
+    asked = ("torch", "the reference was asked for") if config.precision == "fp8_reference" else fp8_kernels(device)
     dims = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
     latent = config.kv_lora_rank, config.qk_rope_head_dim
+    fused = "fused" if device.type in ("cpu", "cuda") else "fused only on CPU and CUDA"
     rows = [
         ("attention", *attention(device, dtype, dims)),
         ("norm, RoPE", "torch" if no_triton(device) else "Triton", no_triton(device) or "one pass over memory each"
          + ("" if dims[1] & dims[1] - 1 == 0 else f"; RoPE in torch, d_r = {dims[1]} is no power of two")),
+        *([("FP8", *asked)] if fp8 else []),
         ("experts", "F.grouped_mm" if grouped else "one product per busy expert",
-         "BF16 on a GPU" if grouped else "grouped_mm wants BF16 on a GPU"),
+         "FP8" if fp8 else "BF16 on a GPU" if grouped else "grouped_mm wants BF16 on a GPU"),
         ("generation", *decode_kernels(device, dtype)),
         ("decoding", *latent_decode(device, dtype, *latent)),
-        ("optimizer", "torch AdamW", "fused" if device.type in ("cpu", "cuda") else "fused only on CPU and CUDA"),
+        ("optimizer", *(("torch AdamW", fused) if config.moments == "fp32" else ("AdamW of fp8.py", "BF16 moments"))),
     ]
     if config.bf16_head:
         rows.append(("head's loss", "BF16" if fast_bf16(device) else "FP32",

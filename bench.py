@@ -7,6 +7,9 @@
                 that is there, of a context of 256 tokens, in place of training one
     decode      attention over the latent cache against torch.compile; tokens/s of generation (needs a GPU)
     attention   training attention, norm, RoPE and recomputation on a GPU: python bench.py attention
+    fp8_error   what promotion to FP32 saves in a product of FP8 numbers, against its length K
+    fp8_loss    char in FP32, BF16 and FP8 (the reference): python bench.py fp8_loss --data=FILE
+    fp8         FP8's quantization, products and Linears against torch's, at V3's shapes (needs a Hopper GPU)
     readme      put the results into the README's marked places, and draw its figures (needs matplotlib)
 
 Every section runs the commands that a user would run, each in a process of its own, and records the device, the
@@ -33,6 +36,7 @@ import torch
 import backend
 import configs
 import dualpipe
+import fp8
 import mla
 import sample
 from backend import has_triton, use_graph
@@ -574,6 +578,115 @@ def attention(options):
            recomputation=recomputation())
 
 
+# --- FP8 --------------------------------------------------------------------------------------------------------------
+
+def error(y, exact):
+    """Relative Frobenius error."""
+    return ((y.double() - exact).norm() / exact.norm()).item()
+
+
+def fp8_error(options):
+    """Products of two 64 x K matrices in E4M3: the relative error of what is summed in 14 bits, against float64."""
+    out = []
+    for kind, draw in (("normal", torch.randn), ("uniform in [0, 1]", torch.rand)):
+        for K in (2**i for i in range(7, 15)):
+            generator = torch.Generator().manual_seed(K)
+            a, b = (fp8.quantize_torch(draw(64, K, generator=generator)) for _ in range(2))
+            a, b = (fp8.Quantized(q.values, torch.ones_like(q.scale)) for q in (a, b))     # the same scale for all of K
+            exact = a.values.double() @ b.values.double().t()
+            alone = fp8.dot_limited(a.values.float(), b.values.float(), torch.zeros(64, 64))
+            out.append({"numbers": kind, "K": K, "promoted": error(fp8.gemm_torch(a, b, kept=14), exact),
+                        "not_promoted": error(alone, exact), "float32": error(fp8.gemm_torch(a, b), exact)})
+            print(out[-1], flush=True)
+    record("fp8_error", "python bench.py fp8_error", errors=out)
+
+
+def fp8_loss(options):
+    """The same seed and data in three precisions: mean training loss of the last 100 steps, and validation loss."""
+    data = options.get("data")
+    if not data or not Path(data).is_file():
+        raise UserError("bench.py fp8_loss: --data=FILE names an English text of about 1 MB, such as tiny Shakespeare")
+    changes, runs = ["--max_steps=300", "--decay_start=100"], []
+    for seed in range(1, 1 + int(options.get("seeds", 2))):
+        for precision in ("fp32", "bf16", "fp8_reference"):
+            with tempfile.TemporaryDirectory() as folder:
+                train("configs/char.py", f"--data={Path(data).resolve()}", f"--seed={seed}", *changes,
+                      f"--precision={precision}", f"--out_dir={folder}/run", OMP_NUM_THREADS="1")
+                rows, evals = lines(f"{folder}/run")
+                state = read_state(latest(f"{folder}/run"))
+            runs.append({"seed": seed, "precision": precision, "val_loss": evals[-1]["val_bpb"] * math.log(2),
+                         "loss": statistics.mean(r["loss"] for r in rows[-100:]), "seconds": rows[-1]["time"]})
+            print(runs[-1], flush=True)
+    record("fp8_loss", f"python bench.py fp8_loss --data={Path(data).name}", changes=changes, data=state["data"],
+           runs=runs)
+
+
+V3_LINEARS = {                                # in, out: section 4.2's dims
+    "q_a": (7168, 1536), "q_b": (1536, 24576), "kv_a": (7168, 576), "kv_b": (512, 32768), "o": (16384, 7168),
+    "gate/up": (7168, 4096), "down": (2048, 7168)}
+
+
+def fp8_products(N, K, M=4096):
+    """x [M, K] W [N, K]^T and dy^T x on the same FP8 operands: TFLOP/s of our kernel, cuBLASLt and BF16, and how far
+    both FP8 forms are from float64."""
+    x, w = torch.randn(M, K, device="cuda"), torch.randn(N, K, device="cuda")
+    a, b = fp8.quantize_triton(x)[0], fp8.blocks_triton(w[None])[0][0]
+    y, rate = x.new_empty(M, N, dtype=torch.bfloat16), lambda ms: 2 * M * N * K / ms / 1e9
+    half = [t.to(torch.bfloat16) for t in (x, w)]
+    exact = a[:256].dequantize().double() @ b.dequantize().double().t()
+    out = {"M": M, "N": N, "K": K, "bf16": rate(milliseconds(lambda: half[0] @ half[1].t())),
+           "triton": rate(milliseconds(lambda: fp8.gemm_triton(a, b, y))),
+           "triton_error": error(fp8.gemm_triton(a, b, y)[:256], exact)}
+    if fp8.takes_cublas(a, b, y):
+        out |= {"cublas": rate(milliseconds(lambda: fp8.gemm_cublas(a, b, y))),
+                "cublas_error": error(fp8.gemm_cublas(a, b, y)[:256], exact)}
+    columns, dw = [fp8.quantize_triton(t, rows=False, columns=True)[1] for t in (y, x)], x.new_empty(N, K)
+    out["wgrad_triton"] = rate(milliseconds(lambda: fp8.gemm_triton(*columns, dw)))
+    out["wgrad_bf16"] = rate(milliseconds(lambda: y.t() @ half[0]))
+    return out
+
+
+def fp8_linear(inner, outer, N=4096):
+    """Milliseconds of forward and backward of a Linear with an FP32 weight, quantization and casts included."""
+    layer, out = fp8.Linear(inner, outer).cuda(), {"in": inner, "out": outer}
+    torch.nn.init.normal_(layer.weight)
+    x = torch.randn(N, inner, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    dy = torch.randn(N, outer, device="cuda", dtype=torch.bfloat16)
+
+    def step():
+        torch.autograd.graph.increment_version(layer.weight)                   # as if each were an optimizer step
+        torch.autograd.grad(layer(x), (x, layer.weight), dy)
+    for name, recipe in (("bf16", None), ("fp8", fp8.Recipe())):
+        layer.recipe = recipe
+        out[name] = milliseconds(step)
+    return out
+
+
+def fp8_quantization(M=8192, K=7168):
+    """Bytes read and written per second: rows; rows and columns; rows that were kept to columns; blocks."""
+    x, w = torch.randn(M, K, device="cuda", dtype=torch.bfloat16), torch.randn(1, M, K, device="cuda")
+    kept, rate = fp8.quantize_triton(x)[0], lambda ms, per_number: M * K * per_number / ms * 1e3
+    return {"copy": copy_rate(), "rows": rate(milliseconds(lambda: fp8.quantize_triton(x)), 3),
+            "rows_and_columns": rate(milliseconds(lambda: fp8.quantize_triton(x, columns=True)), 4),
+            "kept_to_columns": rate(milliseconds(lambda: fp8.quantize_triton(kept, rows=False, columns=True)), 2),
+            "blocks": rate(milliseconds(lambda: fp8.blocks_triton(w)), 6)}
+
+
+def fp8_on_a_gpu(options):
+    path, why = backend.fp8_kernels(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    if path != "Triton":
+        raise UserError(f"bench.py fp8: a Hopper GPU with Triton is needed ({why})")
+    shown = lambda row: print({key: round(v, 5) if isinstance(v, float) else v for key, v in row.items()},
+                              flush=True) or row
+    quantization = shown(fp8_quantization())
+    products = [shown(fp8_products(outer, inner)) for inner, outer in [*V3_LINEARS.values(), (8192, 8192)]]
+    few = [shown(fp8_products(4096, 7168, M)) for M in (16, 64, 128)]
+    linears = [shown({"name": name, **fp8_linear(*dims)}) for name, dims in V3_LINEARS.items()]
+    small = [shown(fp8_linear(dim, dim)) for dim in (256, 512, 1024, 2048, 4096)]          # where FP8 begins to pay
+    record("fp8", "python bench.py fp8", quantization=quantization, products=products, few=few, linears=linears,
+           small=small)
+
+
 # --- the README -------------------------------------------------------------------------------------------------------
 
 def load(section):
@@ -584,7 +697,7 @@ def load(section):
 def tables():
     """{name of a marked place in the README: its text}, from the committed results."""
     t, c, a, d, s = load("tiny"), load("char"), load("ablations"), load("decode"), load("speculation")
-    attention = load("attention")
+    attention, low = load("attention"), load("fp8_loss")
     mean = lambda runs, key: statistics.mean(r[key] for r in runs)
     spread = lambda runs, key: statistics.stdev(r[key] for r in runs) if len(runs) > 1 else 0.0
     vio = lambda runs: f"{mean(runs, 'max_vio'):.2f}" if mean(runs, "max_vio") else "-"
@@ -644,6 +757,15 @@ def tables():
               f"{r['fp8_us']:.0f} |" for r in shapes), "",
             f"{d['gpu']}, V3's dims. Relative error: {error['triton']:.1e} (plain torch in BF16 {error['torch']:.1e}), "
             f"with an FP8 cache {error['triton_fp8']:.1e}."])
+    if low:
+        of = lambda precision, key: [r[key] for r in low["runs"] if r["precision"] == precision]
+        against = lambda precision: statistics.mean(of(precision, "loss")) / statistics.mean(of("bf16", "loss")) - 1
+        names = {"fp32": "FP32", "bf16": "BF16", "fp8_reference": "FP8, the reference"}
+        out["fp8_loss"] = "\n".join([
+            "| products | training loss, last 100 steps, of each seed | against BF16 | validation loss |",
+            "|---|---|---|---|",
+            *(f"| {name} | {', '.join(f'{x:.4f}' for x in of(key, 'loss'))} | {against(key):+.2%} | "
+              f"{', '.join(f'{x:.4f}' for x in of(key, 'val_loss'))} |" for key, name in names.items())])
     if s:
         out["speculation"] = "\n".join([
             "| drafts | of them accepted | tokens per forward pass | time of the drafts / of a plain step | tokens/s | "
@@ -700,9 +822,24 @@ def readme(options):
     figure.savefig(RESULTS / "cache.png", dpi=110)
     call(["dualpipe.py", f"--png={RESULTS / 'dualpipe.png'}"], HERE)
 
+    figure, axes = pyplot.subplots(figsize=(6, 3))
+    errors = load("fp8_error")["errors"]
+    for numbers, style in zip(dict.fromkeys(r["numbers"] for r in errors), ("-", "--")):
+        rows = [r for r in errors if r["numbers"] == numbers]
+        for key, color in (("not_promoted", "tab:red"), ("promoted", "tab:blue")):
+            axes.plot([r["K"] for r in rows], [r[key] for r in rows], style, color=color,
+                      label=f"{key.replace('_', ' ')}, {numbers}")
+    axes.set(yscale="log", xlabel="length of the product (K)", ylabel="relative error",
+             title="FP8 products summed in 14 bits")
+    axes.set_xscale("log", base=2)
+    axes.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(RESULTS / "fp8_error.png", dpi=110)
+
 
 SECTIONS = {"tiny": tiny, "char": char, "ablations": ablations, "speculation": speculation,
-            "attention": attention, "decode": decode, "readme": readme}
+            "attention": attention, "decode": decode, "fp8_error": fp8_error, "fp8_loss": fp8_loss,
+            "fp8": fp8_on_a_gpu, "readme": readme}
 
 
 def main(argv):

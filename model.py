@@ -32,8 +32,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import backend
+import fp8
 from configs import Config, UserError, check, convert
-from fp8 import Linear
+from fp8 import HIGH, Linear, Quantized, quantize_torch
 from mla import MLA, LatentCache, RMSNorm, rope_table
 from moe import FFN, MoE
 
@@ -139,8 +140,9 @@ class V3(nn.Module):
     """DeepSeek-V3 from a Config: tokens int64 [B, T] -> logits [B, T, vocab].
 
     Weights are float32 (or what .to() made of them); config.precision sets the dtype of the activations and so of the
-    matrix products. Built under torch.device("meta") it costs no memory and is not initialized, nor is it with
-    initialize=False, for whoever loads the weights.
+    matrix products: float32, else BF16; with fp8 and fp8_reference most products run in FP8 (fp8.convert). Built under
+    torch.device("meta") it costs no memory and is not initialized, nor is it with initialize=False, for whoever loads
+    the weights.
     """
 
     def __init__(self, config, initialize=True):
@@ -153,6 +155,7 @@ class V3(nn.Module):
         self.mtp = nn.ModuleList(MTP(c) for _ in range(c.n_mtp))
         rope = rope_table(c).to(torch.get_default_device())
         self.register_buffer("rope", rope, persistent=False)                                # complex64 [context, d_r/2]
+        self.converted = fp8.convert(self, c.precision == "fp8_reference") if c.precision.startswith("fp8") else None
         if initialize:
             self.init()
 
@@ -181,7 +184,7 @@ class V3(nn.Module):
 
     def embedding(self, tokens):
         x = self.embed(tokens)
-        return x.to(torch.bfloat16) if self.config.precision == "bf16" else x
+        return x if self.config.precision == "fp32" else x.to(torch.bfloat16)
 
     def run(self, module, *args):
         """module(*args); with config.recompute its activations are made again in backward instead of kept."""
@@ -280,7 +283,7 @@ class V3(nn.Module):
         c = self.config
         if capacity > c.context:
             raise ValueError(f"a cache of {capacity} tokens is more than the context of {c.context}")
-        dtype = torch.bfloat16 if c.precision == "bf16" else self.embed.weight.dtype
+        dtype = self.embed.weight.dtype if c.precision == "fp32" else torch.bfloat16
         dtype, width = torch.float8_e4m3fn if fp8 else dtype, c.kv_lora_rank + c.qk_rope_head_dim
         return LatentCache(c.n_layers + bool(drafts), batch, capacity + drafts, width, self.embed.weight.device, dtype,
                            c.qk_rope_head_dim)
@@ -302,7 +305,8 @@ def arithmetic(c):
     """What a Config costs, counted on the meta device: a dict of
     total (parameters of the main model), active (those that work on one token, embedding and head included), mtp (the
     MTP modules' own), flops (training FLOPs per token: forward and backward, MTP included, attention at the mean causal
-    length), cache_bytes (latent cache per token in BF16)."""
+    length), cache_bytes (latent cache per token in BF16), fp8 (parameters whose products are converted), converted
+    (what fp8.convert said, or None)."""
     with torch.device("meta"):
         v3 = V3(c)
     sizes = {name: tensor.numel() for name, tensor in official_tensors(v3).items() if not name.endswith("_bias")}
@@ -316,7 +320,8 @@ def arithmetic(c):
     attention = 2 * c.n_heads * (c.qk_head_dim + c.v_head_dim) * (c.seq_len + 1) / 2 * (c.n_layers + c.n_mtp)
     return {"total": sum(n for name, n in sizes.items() if own(name)), "active": round(active),
             "mtp": sum(n for name, n in sizes.items() if not own(name)), "flops": round(6 * products + 3 * attention),
-            "cache_bytes": (c.kv_lora_rank + c.qk_rope_head_dim) * c.n_layers * 2}
+            "cache_bytes": (c.kv_lora_rank + c.qk_rope_head_dim) * c.n_layers * 2, "converted": v3.converted,
+            "fp8": sum(p.numel() for m in v3.modules() if getattr(m, "recipe", None) for p in m.parameters(False))}
 
 
 # --- official names: Hugging Face folders and checkpoints -------------------------------------------------------------
@@ -510,25 +515,29 @@ def from_hf(folder, device="cpu", **changes):
                 if name in scales and list(scales[name].shape) != blocks:
                     raise UserError(f"{folder}: {name}_scale_inv has shape {list(scales[name].shape)}, not {blocks}")
                 with torch.no_grad():
-                    wanted[name].copy_(dequantize(tensor, scales[name]) if name in scales else tensor)
+                    wanted[name].copy_(Quantized(tensor, scales[name]).dequantize() if name in scales else tensor)
     return v3
-
-
-def dequantize(weight, scale_inv):
-    """FP8 weight [out, in] times its scale per 128x128 block [ceil(out/128), ceil(in/128)] (section 3.3; the last
-    blocks may be partial)."""
-    scale = scale_inv.repeat_interleave(128, 0).repeat_interleave(128, 1)[:weight.shape[0], :weight.shape[1]]
-    return weight.to(torch.float32) * scale
 
 
 SHARD_BYTES = 5 * 10**9
 
 
-def save_hf(v3, folder, tokenizer=None):
+def released(name, tensor, eight):
+    """{name: tensor} as the released checkpoint stores it: the matrices that run in FP8 (`eight`) as E4M3 and one scale
+    per 128x128 block, the rest in BF16, except a gate's bias: BF16 would choose other experts."""
+    if eight:
+        q = quantize_torch(tensor, 128)
+        return {name: q.values, name + "_scale_inv": q.scale}
+    return {name: tensor if name.endswith("_bias") else tensor.to(torch.bfloat16)}
+
+
+def save_hf(v3, folder, tokenizer=None, fp8=False):
     """Write config.json and sharded safetensors under the official names, which transformers' from_pretrained reads,
     and tokenizer.json where its content is given (data.tokenizer_json).
 
-    Everything goes to a temporary folder first, which is renamed when it is whole. UserError if the folder exists.
+    fp8: the format of the released checkpoint, about a byte per parameter: each official matrix (gate_proj and up_proj
+    each for itself) in blocks of its own. Everything goes to a temporary folder first, which is renamed when it is
+    whole. UserError if the folder exists.
     """
     folder, c = Path(folder), v3.config
     if folder.exists():
@@ -537,25 +546,36 @@ def save_hf(v3, folder, tokenizer=None):
     for k in range(c.n_mtp):                                # the released checkpoint repeats these two in its MTP layer
         tensors[f"model.layers.{c.n_layers + k}.embed_tokens.weight"] = v3.embed.weight.detach()
         tensors[f"model.layers.{c.n_layers + k}.shared_head.head.weight"] = v3.head.weight.detach()
+    eight = {name for name, (ours, _) in official_index(v3).items()
+             if fp8 and tensors[name].ndim == 2 and not ours.removesuffix(".weight").endswith(tuple(HIGH))}
     shards, size = [[]], 0
     for name, tensor in tensors.items():
-        if shards[-1] and size + tensor.nbytes > SHARD_BYTES:
+        nbytes = tensor.numel() * (1 if name in eight else 2) if fp8 else tensor.nbytes
+        if shards[-1] and size + nbytes > SHARD_BYTES:
             shards.append([])
             size = 0
         shards[-1].append(name)
-        size += tensor.nbytes
+        size += nbytes
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
-        where = {}
+        where, total = {}, 0
         for i, names in enumerate(shards, 1):
             file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-            save_file({n: tensors[n].clone().contiguous() for n in names}, temporary / file, metadata={"format": "pt"})
-            where.update(dict.fromkeys(names, file))
-        index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": where}
+            stored = {n: tensors[n] for n in names}
+            if fp8:
+                stored = {key: t for n in names for key, t in released(n, tensors[n], n in eight).items()}
+            save_file({n: t.clone().contiguous() for n, t in stored.items()}, temporary / file,
+                      metadata={"format": "pt"})
+            where.update(dict.fromkeys(stored, file))
+            total += sum(t.nbytes for t in stored.values())
+        index = {"metadata": {"total_size": total}, "weight_map": where}
         (temporary / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
         config = {**hf_config(c), "torch_dtype": str(v3.head.weight.dtype).removeprefix("torch.")}
+        if fp8:
+            config |= {"torch_dtype": "bfloat16", "quantization_config": {
+                "activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}}
         (temporary / "config.json").write_text(json.dumps(config, indent=1))
         if tokenizer:
             (temporary / "tokenizer.json").write_bytes(tokenizer)

@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import backend
-from fp8 import Linear, linear_triton, weight_gradient
+from fp8 import Linear, Products, busy, linear_triton, weight_gradient
 
 if backend.has_triton():
     import triton
@@ -242,34 +242,33 @@ class GroupedLinear(torch.autograd.Function):
         ctx.save_for_backward(x, w)
         ctx.weight, ctx.ends = weight, ends
         y = x.new_empty(len(x), w.shape[1])
-        for e, start, end in busy(ends):
-            torch.mm(x[start:end], w[e].t(), out=y[start:end])
+        for e, rows in busy(ends):
+            torch.mm(x[rows], w[e].t(), out=y[rows])
         return y
 
     @staticmethod
     def backward(ctx, dy):
         (x, w), ends, weight = ctx.saved_tensors, ctx.ends, ctx.weight
         dy, dx = dy.contiguous(), torch.empty_like(x)
-        for e, start, end in busy(ends):
-            torch.mm(dy[start:end], w[e], out=dx[start:end])
+        for e, rows in busy(ends):
+            torch.mm(dy[rows], w[e], out=dx[rows])
 
         def wgrad():
             dw = torch.zeros_like(w)
-            for e, start, end in busy(ends):
-                torch.mm(dy[start:end].t(), x[start:end], out=dw[e])
+            for e, rows in busy(ends):
+                torch.mm(dy[rows].t(), x[rows], out=dw[e])
             return dw.to(weight.dtype)
 
         return dx, weight_gradient(weight, wgrad), None
 
 
-def busy(ends):
-    """(expert, first row, end) of each expert that has rows."""
-    return [(e, start, end) for e, (start, end) in enumerate(zip([0, *ends], ends)) if end > start]
-
-
-def grouped_linear(x, w, load):
-    """Each row times its expert's weight, in x's dtype: x [R, in], w [E, out, in], load int64 [E] -> [R, out]."""
+def grouped_linear(x, w, load, recipe=None, before=None, *extra):
+    """Each row of before(x, *extra) times its expert's weight, in x's dtype: [R, in], w [E, out, in], load int64 [E]
+    -> [R, out]. With a Recipe in FP8 (fp8.py)."""
     ends = load.cumsum(0)
+    if recipe:
+        return Products.apply(x, w, ends.tolist(), recipe, before, *extra)
+    x = before(x, *extra) if before else x
     if backend.use_grouped_mm(x):
         return F.grouped_mm(x, w.to(x.dtype).transpose(1, 2), offs=ends.to(torch.int32))
     return GroupedLinear.apply(x, w, ends.tolist())
@@ -294,6 +293,11 @@ class SwiGLU(torch.autograd.Function):
         torch.mul(grad, F.silu(a), out=db)
         torch.ops.aten.silu_backward.grad_input(grad * b, a, grad_input=da)
         return dh
+
+
+def weighted_swiglu(h, weight):
+    """SwiGLU of each row, times its gate weight: h [R, 2F], weight [R] -> [R, F]."""
+    return SwiGLU.apply(h) * weight[:, None]
 
 
 # --- the experts of few tokens ----------------------------------------------------------------------------------------
@@ -490,7 +494,7 @@ class FFN(nn.Module):
         self.w2 = Linear(inter_dim, dim)
 
     def forward(self, x):
-        return self.w2(SwiGLU.apply(self.w13(x)))
+        return self.w2(self.w13(x), before=SwiGLU.apply)
 
     # The parts of MoE, for a layer that has nobody to send anything to.
     def dispatch(self, x):
@@ -525,6 +529,7 @@ class MoE(nn.Module):
         self.w13 = nn.Parameter(torch.empty(E, 2 * F_, D))
         self.w2 = nn.Parameter(torch.empty(E, D, F_))
         self.shared = FFN(D, c.n_shared_experts * F_) if c.n_shared_experts else None
+        self.recipe = None                    # a fp8.Recipe: the routed experts in FP8
 
     def dispatch(self, x):
         """x [B, T, D] -> rows [R, D], Sent. Few tokens stay where they are, and there are no rows (None)."""
@@ -543,8 +548,8 @@ class MoE(nn.Module):
             return out.view_as(x), None
         here = self.shared(x) if self.shared else 0
         weight = sent.routing.weights.flatten().index_select(0, sent.order).to(rows.dtype)     # [R]
-        hidden = SwiGLU.apply(grouped_linear(rows, self.w13, sent.routing.load)) * weight[:, None]       # [R, F]
-        return here, grouped_linear(hidden, self.w2, sent.routing.load)
+        h = grouped_linear(rows, self.w13, sent.routing.load, self.recipe)                     # [R, 2F]
+        return here, grouped_linear(h, self.w2, sent.routing.load, self.recipe, weighted_swiglu, weight)
 
     def combine(self, here, rows, sent):
         """here + the sum of each token's rows: [B, T, D]."""

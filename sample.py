@@ -347,7 +347,7 @@ def weights(folder, config, device, ema=False):
         v3 = from_hf(folder, device, precision="bf16" if bf16 else "fp32")
     else:
         # A run on a GPU may be sampled on a laptop, where BF16 is emulated and slow.
-        bf16 = config.precision == "bf16" and (device.type != "cpu" or backend.native_bf16())
+        bf16 = config.precision != "fp32" and (device.type != "cpu" or backend.native_bf16())
         with torch.device(device):
             v3 = V3(config.replace(precision="bf16" if bf16 else "fp32"))
         averaged = lambda name: ema and not name.endswith("_bias")               # gate biases are steps, not averages

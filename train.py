@@ -25,6 +25,7 @@ import configs
 import parallel
 from configs import MACHINE_FIELDS, UserError
 from data import Data, batch_size_at, special, tokenizer_json
+from fp8 import AdamW
 from model import V3, CrossEntropy, arithmetic, config_from_hf, from_hf, official_tensors
 from moe import max_vio
 
@@ -69,7 +70,7 @@ def plan(c, device, data=None):
     """Print what the run will cost and which path each mechanism takes. Returns arithmetic(c)."""
     a = arithmetic(c)
     everything = a["total"] + a["mtp"]
-    half = 2 if c.precision == "bf16" else 4
+    half = 4 if c.precision == "fp32" else 2
     tokens = c.micro_batch_size * c.seq_len
     # What backward needs of each token, in elements: the inputs of norms and products, and the hidden activations.
     attention = 4 * c.dim + c.n_heads * (3 * c.qk_head_dim + 3 * c.v_head_dim) + 3 * c.kv_lora_rank + 2 * c.q_lora_rank
@@ -82,16 +83,26 @@ def plan(c, device, data=None):
     activations = tokens * kept * half + CrossEntropy.ROWS * c.vocab_size * 8
     ramp = min(c.batch_ramp, c.max_steps)
     train_tokens = (sum(batch_size_at(c, s) for s in range(ramp)) + c.batch_size * (c.max_steps - ramp)) * c.seq_len
+    # Per parameter: weight, gradient and two moments; of a converted one W and W^T in FP8 too (on a CPU one copy does).
+    a["bytes"] = (8 + 2 * (4 if c.moments == "fp32" else 2)) * everything
+    a["bytes"] += a["fp8"] * (2 if backend.fp8_kernels(device)[0] == "Triton" else 1)
     rows = [
         ("parameters", f"{human(a['total'])} total, {human(a['active'])} active per token, MTP {human(a['mtp'])} more"),
         ("work", f"{a['flops'] / 1e9:.3g} GFLOPs per training token; {c.max_steps} steps, "
                  f"{human(train_tokens)} tokens"),
-        ("memory", f"about {human(16 * everything, 'B')} weights, gradients, moments "
-                   f"+ {human(activations, 'B')} activations"),
+        ("memory", f"about {human(a['bytes'], 'B')} weights, gradients, moments "
+                   f"({a['bytes'] / everything:.1f} bytes per parameter) + {human(activations, 'B')} activations"),
         ("latent cache", f"{a['cache_bytes']:,} bytes per token in BF16"),
         ("device", f"{backend.name(device)}, {c.precision}, torch {torch.__version__}"),
         *((what, f"{path} ({why})") for what, path, why in backend.table(device, c)),
     ]
+    if a["converted"]:
+        converted, left = a["converted"]
+        kinds = {why: [name for name in left if left[name] == why] for why in left.values()}
+        rows.append(("to FP8", f"{len(converted)} Linears and stacks of experts, {a['fp8'] / everything:.1%} of the "
+                               f"parameters"))
+        rows.append(("not to FP8", "; ".join(f"{names[0]}{f' and {len(names) - 1} more' if names[1:] else ''}: {why}"
+                                             for why, names in kinds.items())))
     if data:
         i = data.identity
         rows.insert(2, ("data", f"{i['source']}: {i['documents']} documents, {human(i['train_tokens'])} tokens "
@@ -123,14 +134,20 @@ def model_config(c, argv):
 
 def make_optimizer(c, v3):
     """AdamW; weight decay on matrices only, embedding and head included, norms not."""
+    moments = torch.bfloat16 if c.moments == "bf16" else None                          # None: as the weight
     params = list(v3.parameters())
     groups = [{"params": [p for p in params if p.ndim > 1], "weight_decay": c.weight_decay},
               {"params": [p for p in params if p.ndim == 1], "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=c.lr, betas=(c.beta1, c.beta2), eps=1e-8,
-                                  fused=params[0].device.type in ("cpu", "cuda"))
+    options = dict(lr=c.lr, betas=(c.beta1, c.beta2), eps=1e-8)
+    optimizer = AdamW(groups, **options) if c.moments == "bf16" else \
+        torch.optim.AdamW(groups, **options, fused=params[0].device.type in ("cpu", "cuda"))
+    # The fused kernels write to the weights without saying so, and FP8 quantizes a weight anew when it has changed.
+    optimizer.register_step_post_hook(lambda *_: torch.autograd.graph.increment_version(params))
     for p in params:                               # from the start, so that a checkpoint has somewhere to load them
-        optimizer.state[p] = {"step": torch.zeros((), device=p.device if p.is_cuda else None),
-                              "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+        on_gpu = p.is_cuda and c.moments == "fp32"                             # where the fused kernel reads the step
+        optimizer.state[p] = {"step": torch.zeros((), device=p.device if on_gpu else None),
+                              "exp_avg": torch.zeros_like(p, dtype=moments),
+                              "exp_avg_sq": torch.zeros_like(p, dtype=moments)}
     return optimizer
 
 
@@ -239,6 +256,9 @@ def main(argv):
     if c.plan:
         plan(c, device)
         return 0
+    if c.precision == "fp8" and backend.fp8_kernels(device)[0] == "torch":
+        raise UserError(f"--precision=fp8: {backend.fp8_kernels(device)[1]}; --precision=fp8_reference computes the "
+                        f"same on plain torch, slowly")
     if c.eval_only:
         return eval_only(c)
     if c.profile and c.max_steps < 6:

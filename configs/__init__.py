@@ -94,7 +94,9 @@ class Config:
 
     # --- the machine --------------------------------------------------------------------------------------------------
     device: str = param("auto", "where to run; auto = cuda, else mps, else cpu", choices=("auto", "cpu", "cuda", "mps"))
-    precision: str = param("fp32", "dtype of the matrix products; weights stay fp32", choices=("fp32", "bf16"))
+    precision: str = param("fp32", "of the matrix products; weights stay fp32; fp8 wants a GPU that has it, "
+                           "fp8_reference is the same on plain torch", choices=("fp32", "bf16", "fp8", "fp8_reference"))
+    moments: str = param("fp32", "dtype of AdamW's two moments", choices=("fp32", "bf16"))
     bf16_head: bool = param(False, "the products of the head in the training loss in BF16, where the processor has it")
     recompute: bool = param(False, "recompute each block in backward instead of keeping its activations")
     recompute_mla: bool = param(False, "recompute MLA's norms and projections, not its output (section 3.2.3)")
@@ -284,6 +286,9 @@ def check(c, where=None):
         wrong("min_lr", f"is more than lr = {c.lr}; give both")
     if c.eval_stride > c.seq_len:
         wrong("eval_stride", f"is more than seq_len = {c.seq_len}: it would leave tokens out")
+    if c.compile and c.precision.startswith("fp8"):
+        wrong("compile", f"does not go with precision = {c.precision!r}: torch.compile cannot trace a weight that "
+                         f"keeps its FP8 copy from step to step")
     if not c.data:
         wrong("data", "is empty")
 

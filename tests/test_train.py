@@ -531,6 +531,32 @@ def test_a_run_with_skipped_steps_resumes_to_the_same_bits(tmp_path, monkeypatch
     same_bits(tensors(tmp_path / "run"), tensors(tmp_path / "whole"))                   # AdamW counts updates
 
 
+def test_a_run_in_fp8_with_bf16_moments_resumes_to_the_same_bits(tmp_path, monkeypatch):
+    low = dict(precision="fp8_reference", moments="bf16", max_steps=6)
+    assert go(tmp_path / "whole", **low) == 0
+    assert interrupted(monkeypatch, tmp_path / "run", 3, **low) == 143
+    assert "moments was 'bf16' and is now 'fp32'" in refused(tmp_path / "run", "--resume", **{**low, "moments": "fp32"})
+    assert go(tmp_path / "run", "--resume", **low) == 0
+    found = tensors(tmp_path / "run")
+    same_bits(found, tensors(tmp_path / "whole"))
+    kinds = {name.partition("/")[0] if "/" in name else "weight": t.dtype for name, t in found.items()
+             if t.dtype.is_floating_point}
+    high, low = torch.float32, torch.bfloat16
+    assert kinds == {"weight": high, "ema": high, "exp_avg": low, "exp_avg_sq": low}
+
+
+def test_the_plan_counts_the_bytes_of_moments_and_of_fp8_weights(capsys):
+    cpu = torch.device("cpu")
+    size = lambda **changes: train.plan(config(**changes), cpu)
+    plain, low = size(), size(precision="fp8_reference", moments="bf16")
+    everything = plain["total"] + plain["mtp"]
+    assert plain["bytes"] == 16 * everything and "16.0 bytes per parameter" in capsys.readouterr().out
+    assert 0 < low["fp8"] < everything and low["bytes"] == 12 * everything + low["fp8"]
+    v3 = V3(config(precision="fp8_reference"))
+    assert low["fp8"] == sum(p.numel() for name, p in v3.named_parameters()
+                             if name.removesuffix(".weight") in v3.converted[0] or name.endswith(("ffn.w13", "ffn.w2")))
+
+
 def test_where_and_how_a_run_runs_may_change_on_resume(again, whole):
     assert go(again, "--resume", micro_batch_size=8, eval_interval=3, save_interval=0, recompute=True) == 0
     rows, evals = metrics(again)

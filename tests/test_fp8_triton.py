@@ -1,0 +1,160 @@
+"""FP8's kernels against the plain-torch reference: quantization bit for bit, products to the rounding of their sums.
+
+On a GPU the tests run compiled, elsewhere in Triton's interpreter.
+"""
+import math
+
+import pytest
+import torch
+from conftest import GPU, no_triton
+
+import backend
+import fp8
+from fp8 import E4M3, E5M6, Quantized, gemm_torch, quantize_torch
+
+DEVICE = "cuda" if GPU else "cpu"
+pytestmark = [no_triton, pytest.mark.skipif(GPU and backend.fp8_kernels(torch.device("cuda"))[0] == "torch",
+                                            reason="this GPU has no FP8")]
+SHAPES = [(1, 1), (3, 127), (129, 130)] + [(128, 128), (70, 300), (300, 40), (1000, 2000)] * GPU
+
+
+def equal(ours, theirs):
+    """The same values, byte for byte, the same scales (NaN equals NaN), and rows that a descriptor can load."""
+    assert ours.values.dtype == torch.float8_e4m3fn and ours.values.shape == theirs.values.shape
+    assert torch.equal(ours.values.contiguous().view(torch.uint8), theirs.values.contiguous().view(torch.uint8))
+    assert ours.scale.shape == theirs.scale.shape
+    torch.testing.assert_close(ours.scale, theirs.scale, rtol=0, atol=0, equal_nan=True)
+    assert ours.values.stride(-1) == 1 and (ours.values.stride(-2) % 16 == 0 or ours.values.shape[-2] == 1)
+
+
+def samples(M, K):
+    """Matrices in which every branch of the rounding is taken: all sizes within a tile, ties, subnormal numbers of E4M3
+    and of float32, huge ones, zeros, NaN and infinities."""
+    spread = torch.randn(M, K) * 10.0 ** torch.randint(-6, 3, (M, K))
+    ties = (torch.randint(-900, 900, (M, K)) / 2.0).clamp(-448, 448)
+    ties[:, ::128] = 448.0                                                     # the scale is 1 and halves stay halves
+    bad = torch.randn(M, K)
+    bad.view(-1)[torch.randint(M * K, (3,))] = torch.tensor([math.nan, math.inf, -math.inf])
+    return {"spread": spread, "ties": ties, "tiny": torch.randn(M, K) * 1e-40, "huge": torch.randn(M, K) * 1e37,
+            "zeros": torch.zeros(M, K), "bad": bad, "bf16": spread.to(torch.bfloat16)}
+
+
+@pytest.mark.parametrize("pow2", [False, True], ids=["float32 scales", "powers of two"])
+@pytest.mark.parametrize("M, K", SHAPES)
+def test_rows_and_columns_are_quantized_as_the_reference_does_bit_for_bit(M, K, pow2):
+    for name, x in samples(M, K).items():
+        x = x.to(DEVICE)
+        print(name)
+        row, none = fp8.quantize_triton(x, pow2)
+        assert none is None
+        equal(row, quantize_torch(x, pow2=pow2))
+        both = fp8.quantize_triton(x, pow2, columns=True)
+        equal(both[0], row)
+        equal(both[1], quantize_torch(x.t(), pow2=pow2))
+        none, column = fp8.quantize_triton(x, pow2, rows=False, columns=True)
+        assert none is None
+        equal(column, both[1])
+
+
+@pytest.mark.parametrize("M, K", SHAPES)
+def test_what_was_kept_in_fp8_is_requantized_along_the_tokens_bit_for_bit(M, K):
+    for name, x in samples(M, K).items():
+        print(name)
+        kept = fp8.quantize_triton(x.to(DEVICE))[0]
+        rows = slice(M // 3, M)                                                # the rows of one expert
+        column = fp8.quantize_triton(kept[rows], rows=False, columns=True)[1]
+        equal(column, quantize_torch(kept[rows].dequantize().t()))
+        kept = quantize_torch(x.to(DEVICE), fmt=E5M6, pow2=True)               # 12 bits, the scales in another layout
+        column = fp8.quantize_triton(kept[rows], pow2=True, rows=False, columns=True)[1]
+        equal(column, quantize_torch(kept[rows].dequantize().t(), pow2=True))
+
+
+@pytest.mark.parametrize("E, M, K", [(1, 1, 1), (1, 130, 300), (3, 128, 40), (2, 200, 128)])
+def test_blocks_and_their_transpose_are_quantized_bit_for_bit(E, M, K):
+    for name, w in samples(E * M, K).items():
+        print(name)
+        w = w.view(E, M, K).to(DEVICE)
+        q, t = fp8.blocks_triton(w)
+        expected = quantize_torch(w, 128)
+        equal(q, expected)
+        equal(t, expected.mT)
+
+
+def test_every_number_of_the_format_comes_through_the_cast():
+    x = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    x = torch.cat([x[:127], x[128:255]])                                       # 127 and 255 are NaN
+    x = torch.cat([torch.full((len(x), 1), 448.0), x[:, None]], 1).to(DEVICE)  # scale 1
+    assert torch.equal(fp8.quantize_triton(x)[0].values.float(), x)
+
+
+@pytest.mark.parametrize("blocks", [True, False], ids=["Fprop, Dgrad", "Wgrad"])
+@pytest.mark.parametrize("M, N, K", [(1, 1, 1), (1, 130, 127), (64, 128, 128), (70, 300, 260), (1100, 130, 50)])
+def test_the_product_is_the_references(M, N, K, blocks):
+    spread = torch.logspace(-3, 3, K, device=DEVICE)
+    a = fp8.quantize_triton(torch.randn(M, K, device=DEVICE) * spread)[0]
+    w = torch.randn(N, K, device=DEVICE) * torch.logspace(-1, 2, N, device=DEVICE)[:, None]
+    b = fp8.blocks_triton(w[None])[0][0] if blocks else fp8.quantize_triton(w)[0]
+    y = fp8.gemm_triton(a, b, torch.empty(M, N, device=DEVICE))
+    expected = gemm_torch(a, b)
+    error = ((y - expected).norm() / expected.norm()).item()
+    print(f"relative Frobenius error {error:.1e}")
+    # The hardware keeps 14 bits of the sums inside 128 that the reference and the interpreter take in float32.
+    assert error < (1e-3 if GPU else 1e-6)
+
+
+@pytest.mark.parametrize("blocks", [True, False], ids=["Fprop, Dgrad", "Wgrad"])
+def test_where_no_sum_is_rounded_the_product_is_the_references_bit_for_bit(blocks):
+    M, N, K = 70, 260, 400
+    a, b = (torch.randint(-3, 4, (n, K), device=DEVICE).float() for n in (M, N))
+    a, b = fp8.quantize_triton(a, pow2=True)[0], fp8.quantize_triton(b, pow2=True)[0]
+    if blocks:
+        scale = 2.0 ** torch.randint(-2, 3, (3, 4), device=DEVICE)
+        b = Quantized(b.values, scale)
+    a.scale.copy_(2.0 ** torch.randint(-2, 3, a.scale.shape, device=DEVICE))
+    assert torch.equal(fp8.gemm_triton(a, b, torch.empty(M, N, device=DEVICE)), gemm_torch(a, b))
+
+
+def test_the_rows_of_one_expert_are_multiplied_where_they_lie():
+    x, w = torch.randn(300, 140, device=DEVICE), torch.randn(3, 200, 140, device=DEVICE)
+    a, (b, t) = fp8.quantize_triton(x)[0], fp8.blocks_triton(w)
+    y = torch.zeros(300, 200, device=DEVICE)
+    fp8.gemm_triton(a[37:190], b[1], y[37:190])
+    expected = gemm_torch(a[37:190], b[1])
+    assert ((y[37:190] - expected).norm() / expected.norm()) < 1e-3
+    assert (y[:37] == 0).all() and (y[190:] == 0).all()
+    dy, dx = fp8.quantize_triton(y[37:190])[0], torch.empty(153, 140, device=DEVICE)
+    expected = gemm_torch(dy, t[1])
+    assert ((fp8.gemm_triton(dy, t[1], dx) - expected).norm() / expected.norm()) < 1e-3
+
+
+@pytest.mark.parametrize("kept", [E4M3, E5M6], ids=["E4M3", "E5M6"])
+def test_a_whole_linear_on_the_kernels_is_the_references(kept, monkeypatch):
+    if not GPU:
+        monkeypatch.setattr(backend, "fp8_kernels", lambda device: ("Triton", "a test"))
+        monkeypatch.setattr(fp8, "takes_cublas", lambda *_: False)
+    x, dy = torch.randn(150, 140, device=DEVICE), torch.randn(150, 60, device=DEVICE)
+    grads = []
+    for reference in (True, False):
+        layer = fp8.Linear(140, 60).to(DEVICE)
+        with torch.no_grad():
+            layer.weight.copy_(torch.linspace(-1, 1, 140 * 60).view(60, 140).sin())
+        layer.recipe = fp8.Recipe(kept, reference)
+        inputs = x.clone().requires_grad_()
+        y = layer(inputs)
+        y.backward(dy)
+        grads.append((y.detach(), inputs.grad, layer.weight.grad))
+    for name, ours, theirs in zip(("y", "dx", "dW"), grads[1], grads[0]):
+        assert (ours - theirs).norm() / theirs.norm() < (2e-3 if GPU else 1e-6), name
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="cuBLASLt's product needs a GPU with FP8")
+@pytest.mark.parametrize("M, N, K", [(4096, 512, 7168), (256, 384, 144), (128, 128, 512)])
+def test_cublaslts_product_is_the_references(M, N, K):
+    a = fp8.quantize_triton(torch.randn(M, K, device="cuda"))[0]
+    b = fp8.blocks_triton(torch.randn(1, N, K, device="cuda"))[0][0]
+    y = torch.empty(M, N, device="cuda", dtype=torch.bfloat16)
+    if not fp8.takes_cublas(a, b, y):
+        pytest.skip("not a Hopper GPU")
+    expected = gemm_torch(a, b)
+    assert ((fp8.gemm_cublas(a, b, y).float() - expected).norm() / expected.norm()) < 3e-3

@@ -3,7 +3,7 @@
 # prediction.
 #
 #   parameters     1.28M in all, 1.06M work on a token (0.79M of them embedding and head), + 0.21M of the MTP module
-#   tokens         1050 steps * 32 sequences * 128 tokens = 4.3M: 1.8 epochs of 2.4M
+#   tokens         950 steps * 32 sequences * 128 tokens = 3.9M: 1.6 epochs of 2.4M
 #   latent cache   (32 + 16) * 3 layers * 2 bytes = 288 bytes per token
 #
 # Two thirds of the arithmetic is the head's, once for the next token and once for the one after (MTP): with a few
@@ -28,10 +28,10 @@ init_std = 0.04
 seq_len = 128
 batch_size = 32
 micro_batch_size = 32
-max_steps = 1050
+max_steps = 950
 warmup_steps = 30
-decay_start = 315
-lr = 1e-2
+decay_start = 285
+lr = 7e-3
 min_lr = 5e-4
 eval_interval = 0
 eval_stride = 64                    # every token is scored with at least half a window of context

@@ -111,7 +111,8 @@ def tiny(options):
         seconds, peak = time.time() - began, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
         rows, evals = lines(f"{folder}/tiny")
         state = json.loads(next(Path(folder, "tiny").glob("step_*/state.json")).read_text())
-        sample = call(["sample.py", f"--out_dir={folder}/tiny", "--prompt=def __init__(self", "--seed=1", "--max_tokens=120"], HERE)
+        sample = call(["sample.py", f"--out_dir={folder}/tiny", "--prompt=def __init__(self", "--seed=1",
+                       "--max_tokens=120"], HERE)
     data, final = state["data"], evals[-1]
     record("tiny", "python train.py config/tiny.py", seconds=seconds, val_bpb=final["val_bpb"],
            xz_bpb=8 * data["val_xz_bytes"] / data["val_bytes"],

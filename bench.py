@@ -558,7 +558,7 @@ def recomputation():
         for p in block.parameters():
             torch.nn.init.normal_(p, std=0.02)
         with mock.patch.object(backend, "use_small_kernels", lambda x, fused=fused: fused):
-            step = lambda: torch.autograd.backward(block.attention(x.requires_grad_(), rope), (x, x))        # noqa: B023
+            step = lambda: torch.autograd.backward(block.attention(x.requires_grad_(), rope), (x, x))       # noqa: B023
             step()
             before = torch.cuda.memory_allocated()
             h, y = block.attention(x, rope)

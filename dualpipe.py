@@ -36,7 +36,6 @@ Words: P ranks, r a rank, M micro-batches, n ranks from an end to the fold, m mi
 p2p durations of a forward, a backward, its W part, a pair, and of sending a tensor to a neighbour.
 """
 import contextlib
-import dataclasses
 import difflib
 import json
 import math
@@ -588,46 +587,19 @@ class Options:
     pp: int = param(8, "ranks of the pipeline (PP)", 1, 1024)
     microbatches: int = param(20, "micro-batches of one step (M), of both directions together", 1, 65536)
     kind: str = param("dualpipe", "the schedule: " + ", ".join(KINDS))
-    F: float = param(1.0, "time of a forward", 0.0)
-    B: float = param(2.0, "time of a backward, W included", 0.0)
-    W: float = param(1.0, "time of its part for the weights", 0.0)
-    FB: float = param(None, "time of a forward and a backward as a pair; without it F + B", 0.0)
-    p2p: float = param(0.0, "time of sending a tensor to a neighbour", 0.0)
+    F: float = param(1.0, "time of a forward", 0.0, 1e9)
+    B: float = param(2.0, "time of a backward, W included", 0.0, 1e9)
+    W: float = param(1.0, "time of its part for the weights", 0.0, 1e9)
+    FB: float = param(None, "time of a forward and a backward as a pair; without it F + B", 0.0, 1e9)
+    p2p: float = param(0.0, "time of sending a tensor to a neighbour", 0.0, 1e9)
     json: bool = param(False, "print the simulated schedule as JSON and nothing else")
     png: str = param("", "draw it into this file (needs matplotlib)")
 
 
-FLAGS = {f.name: f for f in dataclasses.fields(Options)}
-
-
-def usage():
-    lines = [__doc__.splitlines()[0], "", "usage: python dualpipe.py [--key=value ...]", ""]
-    for name, f in FLAGS.items():
-        default = "" if f.type is bool else f"={'' if f.default is None else f.default}"
-        lines.append(f"  --{name}{default}".ljust(24) + f.metadata["help"])
-    return "\n".join(lines)
-
-
 def parse(argv):
-    """['--pp=8', ...] -> Options. UserError names the flag and what it takes."""
-    values = {}
-    for arg in argv:
-        name, equals, text = arg.removeprefix("--").partition("=")
-        if not arg.startswith("--") or name not in FLAGS:
-            near = difflib.get_close_matches(name, FLAGS, 1)
-            raise UserError(f"{arg}: unknown; flags are written --key=value, "
-                            + (f"did you mean --{near[0]}?" if near else "python dualpipe.py --help lists them"))
-        kind, low, high = FLAGS[name].type, FLAGS[name].metadata["low"], FLAGS[name].metadata["high"]
-        if bool(text) == (kind is bool):
-            raise UserError(f"{arg}: write --{name}" + ("" if kind is bool else "=VALUE"))
-        try:
-            values[name] = True if kind is bool else kind(text)
-        except ValueError:
-            raise UserError(f"{arg}: {name} must be {kind.__name__}, not {text!r}") from None
-        # A bound on durations keeps their sums finite; the comparison also refuses nan, for which none holds.
-        if low is not None and not low <= values[name] <= (high or 1e9):
-            raise UserError(f"{arg}: out of range: at least {low}, at most {high or 1e9:g}")
-    o = Options(**values)
+    o = configs.options(Options, "dualpipe.py", argv)
+    if not o.kind:
+        raise UserError(f"--kind= is empty: write --kind=VALUE, one of {', '.join(KINDS)}")
     o.FB = o.F + o.B if o.FB is None else o.FB
     if o.W > o.B:
         raise UserError(f"--W={o.W:g} is more than --B={o.B:g}, of which it is a part")
@@ -643,7 +615,7 @@ def parse(argv):
 
 def main(argv):
     if "--help" in argv or "-h" in argv:
-        print(usage())
+        print(configs.options_usage(Options, "dualpipe.py", __doc__.splitlines()[0]))
         return 0
     o = parse(argv)
     lists = [schedule(o.kind, o.pp, rank, o.microbatches) for rank in range(o.pp)]

@@ -28,9 +28,6 @@ and the rest is forgotten. The text, or with a temperature its distribution, is 
 Shapes: B rows, T prompt tokens, S cached tokens, K drafted tokens, D dim, V vocabulary.
 """
 import codecs
-import dataclasses
-import difflib
-import math
 import sys
 import time
 from collections import Counter
@@ -393,45 +390,11 @@ class Options:
     device: str = param("auto", "auto, cpu, cuda or mps", choices=("auto", "cpu", "cuda", "mps"))
 
 
-FLAGS = {f.name: f for f in dataclasses.fields(Options)}
-
-
-def usage():
-    lines = [__doc__.splitlines()[0], "", "usage: python sample.py [--key=value ...]", ""]
-    for name, f in FLAGS.items():
-        lines.append(f"  --{name}={'' if f.type is list else f.default}".ljust(24) + f.metadata["help"])
-    return "\n".join(lines)
-
-
 def parse(argv):
-    """['--top_k=5', ...] -> Options. UserError names the flag and what it takes."""
-    values = {}
-    for arg in argv:
-        name, equals, text = arg.removeprefix("--").partition("=")
-        if not arg.startswith("--") or name not in FLAGS:
-            near = difflib.get_close_matches(name, FLAGS, 1)
-            raise UserError(f"{arg}: unknown; flags are written --key=value, "
-                            + (f"did you mean --{near[0]}?" if near else "python sample.py --help lists them"))
-        kind, (low, high, choices) = FLAGS[name].type, (FLAGS[name].metadata[k] for k in ("low", "high", "choices"))
-        if not equals and kind is not bool:
-            raise UserError(f"{arg}: write {arg}=VALUE")
-        try:
-            if kind is bool:
-                value = {"": True, "true": True, "1": True, "false": False, "0": False}[text.lower()]
-            else:
-                value = [*values.get(name, ()), text] if kind is list else kind(text)
-        except (ValueError, KeyError):
-            raise UserError(f"{arg}: {name} must be {'True or False' if kind is bool else kind.__name__}, "
-                            f"not {text!r}") from None
-        # The comparison also refuses nan, for which none holds.
-        if low is not None and not (low <= value <= (math.inf if high is None else high) and value != math.inf):
-            raise UserError(f"{arg}: out of range: at least {low}" + (f", at most {high}" if high else ""))
-        if name == "top_p" and value == 0:
-            raise UserError(f"{arg}: nothing would be left to sample; always the likeliest token is --temperature=0")
-        if choices and value not in choices:
-            raise UserError(f"{arg}: not one of {', '.join(choices)}")
-        values[name] = value
-    return Options(**values)
+    o = configs.options(Options, "sample.py", argv)
+    if o.top_p == 0:
+        raise UserError("--top_p=0: nothing would be left to sample; always the likeliest token is --temperature=0")
+    return o
 
 
 def size(v3):
@@ -492,7 +455,7 @@ def respond(v3, tokenizer, prompts, o, generator, what):
 
 def main(argv):
     if "--help" in argv or "-h" in argv:
-        print(usage())
+        print(configs.options_usage(Options, "sample.py", __doc__.splitlines()[0]))
         return 0
     o = parse(argv)
     try:

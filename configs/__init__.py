@@ -307,6 +307,45 @@ def usage(command):
     return "\n".join(lines)
 
 
+def options_usage(Options, command, what):
+    """--help of a command whose flags are the fields of the dataclass Options."""
+    lines = [what, "", f"usage: python {command} [--key=value ...]", ""]
+    for f in dataclasses.fields(Options):
+        default = "" if f.type is list or f.default is None else f.default
+        lines.append(f"  --{f.name}={default}".ljust(24) + f.metadata["help"])
+    return "\n".join(lines)
+
+
+def options(Options, command, argv):
+    """['--top_k=5', ...] -> Options, a dataclass of `param`s; a list's flag may be repeated. UserError names the flag
+    and what it takes."""
+    flags, values = {f.name: f for f in dataclasses.fields(Options)}, {}
+    for arg in argv:
+        name, equals, text = arg.removeprefix("--").partition("=")
+        if not arg.startswith("--") or name not in flags:
+            near = difflib.get_close_matches(name, flags, 1)
+            raise UserError(f"{arg}: unknown; flags are written --key=value, "
+                            + (f"did you mean --{near[0]}?" if near else f"python {command} --help lists them"))
+        kind, (low, high, choices) = flags[name].type, (flags[name].metadata[k] for k in ("low", "high", "choices"))
+        if not equals and kind is not bool:
+            raise UserError(f"{arg}: write {arg}=VALUE")
+        try:
+            if kind is bool:
+                value = {"": True, "true": True, "1": True, "false": False, "0": False}[text.lower()]
+            else:
+                value = [*values.get(name, ()), text] if kind is list else kind(text)
+        except (ValueError, KeyError):
+            raise UserError(f"{arg}: {name} must be {'True or False' if kind is bool else kind.__name__}, "
+                            f"not {text!r}") from None
+        # The comparison also refuses nan, for which none holds.
+        if low is not None and not (low <= value <= (math.inf if high is None else high) and value != math.inf):
+            raise UserError(f"{arg}: out of range: at least {low}" + (f", at most {high:g}" if high else ""))
+        if choices and value not in choices:
+            raise UserError(f"{arg}: not one of {', '.join(choices)}")
+        values[name] = value
+    return Options(**values)
+
+
 def cli(main):
     """Run main(sys.argv[1:]); a UserError becomes one line and exit code 2."""
     try:

@@ -269,7 +269,7 @@ def test_help_names_every_flag_and_its_default(capsys):
     (["--pp=7"], "even number of ranks"), (["--microbatches=21"], "even number of micro-batches"),
     (["--microbatches=14"], "at least 16"), (["--kind=dualpipev", "--microbatches=15"], "at least 16"),
     (["--kind=dualpip"], "did you mean dualpipe"), (["--kind="], "--kind=VALUE"), (["--pp=0"], "at least 1"),
-    (["--pp=eight"], "must be int"), (["--pp"], "--pp=VALUE"), (["--json=1"], "write --json"), (["pp=8"], "--pp"),
+    (["--pp=eight"], "must be int"), (["--pp"], "--pp=VALUE"), (["--json=3"], "True or False"), (["pp=8"], "--pp"),
     (["--microbatch=8"], "did you mean --microbatches"), (["--F=nan"], "out of range"), (["--F=inf"], "out of range"),
     (["--F=0"], "more than 0"), (["--FB=0"], "more than 0"), (["--W=3"], "--B=2"), (["--p2p=-1"], "at least 0"),
     (["--pp=1024", "--microbatches=4096"], "too many"), (["--pp=64", "--microbatches=128", "--png=x"], "with --png"),

@@ -5,7 +5,7 @@ rank or on many, today or after a crash. So all of it is a pure function of the 
 
     documents --split--> train, val --tokenizer--> ids --FIM, boundary splits, packing--> one stream --> batch(step)
 
-  documents   By default the Python standard library on this machine: offline, 12 MB, one file = one document. A hash of
+  documents   By default the Python standard library on this machine: offline, 10 MB, one file = one document. A hash of
               the NAME decides the side of the split, so adding a file never moves another one.
   tokenizer   Byte-level BPE, so that every text has an encoding. The pre-tokenizer is in the spirit of V3's: a token
               may join punctuation and line breaks (");\\n"), one punctuation mark may lead a word (".append"), digits
@@ -20,8 +20,8 @@ rank or on many, today or after a crash. So all of it is a pure function of the 
 Shapes: B sequences, T = seq_len tokens. A sequence is T+1+n_mtp ids long: T inputs, the target of the last one, and
 what MTP depth k sees further ahead (section 2.2). Ids are int64 in a batch, uint16 or uint32 on disk.
 
-Simplified: the corpus fits in memory; filtering and deduplication are left to whoever made it (one family is named at
-`split`); the tokenizer is trained on the model's own training text.
+Simplified: the corpus fits in memory; filtering and deduplication are left to whoever made it (of the standard library
+NOT_STDLIB leaves out what repeats itself); the tokenizer is trained on the model's own training text.
 """
 import contextlib
 import difflib

@@ -186,6 +186,12 @@ def stage(kind, ranks, rank, dir):
     return rank if dir == 0 else (2 * ranks if kind == "dualpipev" else ranks) - 1 - rank
 
 
+def layout(kind, ranks, rank):
+    """(number of stages, [the stage that the rank runs in each direction])."""
+    dirs = 2 if kind.startswith("dualpipe") else 1
+    return ranks * (2 if kind == "dualpipev" else 1), [stage(kind, ranks, rank, dir) for dir in range(dirs)]
+
+
 def source(kind, ranks, rank, part, dir):
     """(rank, dir) whose result of the same micro-batch a forward or backward waits for; None: the pipeline's inputs, or
     the loss. Activations of direction 0 go up in rank, its gradients down; direction 1 is the opposite."""
@@ -295,6 +301,11 @@ def exchanges(kind, lists):
     return plan
 
 
+def trained(modules):
+    """The parameters of some modules, each once."""
+    return [p for p in nn.ModuleList(modules).parameters() if p.requires_grad]
+
+
 class DualPipe:
     """Runs a rank's part of any of the four schedules on torch.distributed (gloo, NCCL).
 
@@ -302,23 +313,32 @@ class DualPipe:
     zb1p, two for the others. A stage maps its input to (output, local loss or None); the first one's inputs, and the
     labels, are a micro-batch of what `step` gets; the outputs of all but the last are tensors like `like`.
     criterion(output, labels) -> the last stage's loss. Losses are summed, never averaged. group: the pipeline's ranks;
-    its timeout ends a rank whose neighbour is gone.
+    its timeout ends a rank whose neighbour is gone. shared: parameters, if any, that belong to the first stage and are
+    used by the last one too: of both ends the same number (V3's embedding, which MTP reads).
+
+    What two ranks hold (`copies`: in dualpipe everything, in 1f1b and zb1p what is shared) has the sum of both
+    gradients after `step`. `owned` are the parameters that this rank counts, in norms and sizes, and writes to
+    checkpoints: each of the model's is owned by one rank, in dualpipe by that which runs its stage in direction 0.
 
     A backward is cut into I and W through the parameters: during an I each of them has a list as `queue`, and the
     autograd functions that know of it (fp8.weight_gradient) put their dW there; W runs the list. All other gradients
     are computed in the I.
     """
 
-    def __init__(self, kind, stages, criterion, like, group=None):
+    def __init__(self, kind, stages, criterion, like, group=None, shared=()):
         self.kind, self.stages, self.criterion, self.like = kind, list(stages), criterion, like
         self.group = group or dist.group.WORLD
         self.rank, self.ranks = dist.get_rank(self.group), dist.get_world_size(self.group)
-        if len(self.stages) != (2 if kind.startswith("dualpipe") else 1):
-            raise UserError(f"{kind}: {len(self.stages)} stages given to rank {self.rank}, it runs "
-                            f"{2 if kind.startswith('dualpipe') else 1}")
-        # The lower stage first, so that the two ranks that hold the same stages list their parameters in one order.
-        order = sorted(range(len(self.stages)), key=lambda dir: stage(kind, self.ranks, self.rank, dir))
-        self.parameters = [p for p in nn.ModuleList(self.stages[dir] for dir in order).parameters() if p.requires_grad]
+        _, here = layout(kind, self.ranks, self.rank)
+        if len(self.stages) != len(here):
+            raise UserError(f"{kind}: {len(self.stages)} stages given to rank {self.rank}, it runs {len(here)}")
+        # The lower stage first, so that the two ranks that hold the same stages list what they have in one order.
+        self.in_order = [module for _, module in sorted(zip(here, self.stages), key=lambda at: at[0])]
+        self.parameters = trained(self.in_order)
+        self.copies = {"dualpipe": self.parameters, "dualpipev": []}.get(kind, list(shared) if self.ranks > 1 else [])
+        elsewhere = {id(p) for p in shared} if self.rank else ()
+        self.owned = [p for p in trained(self.stages if kind == "dualpipev" else self.stages[:1])
+                      if id(p) not in elsewhere]
         self.plans = {}                                          # (micro-batches, training) -> (steps, exchanges)
 
     def step(self, microbatches, inputs=None, labels=None):
@@ -326,7 +346,7 @@ class DualPipe:
 
         inputs, labels [N, ...]: the whole batch, cut along its first dim; ranks that hold no end of the model may leave
         them out. dualpipe sends the first half in at rank 0, the second at the last rank. -> the sum of all losses, a
-        float, on every rank. Gradients are added to .grad; in dualpipe those of the two copies of a stage are summed.
+        float, on every rank. Gradients are added to .grad; those of copies are summed.
 
         An exception on one rank is raised on all, as RuntimeError with its rank and message: that rank goes on sending
         zeros, so that nobody waits in vain, and at the end every rank tells how it fared. Gradients are then worthless.
@@ -337,11 +357,10 @@ class DualPipe:
         self.arrived, self.leaving, self.held, self.late = {}, {}, {}, {}
         self.sending, self.receiving, loss, error = {}, {}, 0.0, None
         steps, plan = self.plan(microbatches, training)
-        earlier = [p.grad for p in self.parameters]
-        copies = training and self.kind == "dualpipe"
-        if copies:                                               # what they have of earlier batches is summed already
-            for p in self.parameters:
-                p.grad = None
+        copies = self.copies if training else []
+        earlier = [p.grad for p in copies]
+        for p in copies:                                         # what they have of earlier batches is summed already
+            p.grad = None
         for step, exchange in zip(steps, plan):
             self.exchange(exchange)
             for part, dir, mb in step.parts:
@@ -366,12 +385,11 @@ class DualPipe:
             dist.all_gather_object(reports, (told, float(loss)), group=self.group)
         if told := "; ".join(told for told, _ in reports if told):
             raise RuntimeError(told) from error
-        if copies:
-            for p in self.parameters:
-                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            self.sum_copies([p.grad for p in self.parameters])
-            for p, grad in zip(self.parameters, earlier):
-                p.grad = p.grad if grad is None else grad.add_(p.grad)
+        for p in copies:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        self.sum_copies([p.grad for p in copies])
+        for p, grad in zip(copies, earlier):
+            p.grad = p.grad if grad is None else grad.add_(p.grad)
         return sum(loss for _, loss in reports)
 
     def plan(self, microbatches, training):
@@ -385,8 +403,8 @@ class DualPipe:
         return self.plans[key]
 
     def sum_copies(self, tensors):
-        """In dualpipe: add to each tensor, in place, the one of the rank that holds the same stages, both giving theirs
-        in the same order."""
+        """Add to each tensor, in place, that of the rank with the copies (P-1-r). Both give theirs in the same order:
+        with buffers of the stages, that of `in_order`."""
         other = [torch.empty_like(t) for t in tensors]
         ops = [dist.P2POp(op, t, group=self.group, group_peer=self.ranks - 1 - self.rank, tag=tag)
                for tag, pair in enumerate(zip(tensors, other)) for op, t in zip((dist.isend, dist.irecv), pair)]

@@ -16,11 +16,12 @@ from conftest import build, random_tokens
 from torch import nn
 
 import dualpipe
+import model
 from configs import UserError
-from dualpipe import KINDS, DualPipe, Step, bubble, mirror, picture, schedule, simulate, source, stage
+from dualpipe import KINDS, DualPipe, Step, bubble, layout, mirror, picture, schedule, simulate, source, stage
 from fp8 import Linear, weight_gradient
-from model import CrossEntropy, target_totals
-from moe import GroupedLinear
+from model import target_totals
+from moe import Gate, GroupedLinear
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -337,20 +338,11 @@ def error(ours, theirs):
     return ((ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-30)).item()
 
 
-def stages_of(kind, ranks):
-    return 2 * ranks if kind == "dualpipev" else ranks
-
-
-def here(kind, ranks, rank):
-    """The stages of a rank, by direction."""
-    return [stage(kind, ranks, rank, dir) for dir in directions(kind, 0)]
-
-
 def run_layers(kind, rank, ranks):
     """One process, then the pipeline: loss, gradients once and accumulated, evaluation, what is put off and freed."""
     M = 3 * ranks + ranks % 2
     x, labels = torch.randn(2, 2 * M, D, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
-    whole = [Layer(i) for i in range(stages_of(kind, ranks))]
+    whole = [Layer(i) for i in range(layout(kind, ranks, rank)[0])]
     h, want = x, 0.0
     for layer in whole:
         h, loss = layer(h)
@@ -358,14 +350,14 @@ def run_layers(kind, rank, ranks):
     want = want + squared(h, labels)
     want.backward()
 
-    mine = [Layer(i) for i in here(kind, ranks, rank)]
+    mine = [Layer(i) for i in layout(kind, ranks, rank)[1]]
     pipe = DualPipe(kind, mine, squared, torch.empty(2, D, dtype=torch.float64))
     put_off, sending, backward, forward = set(), [], pipe.backward, pipe.forward
     pipe.backward = lambda part, *at: (backward(part, *at), part == "I" and put_off.add(len(pipe.late[at])))
     pipe.forward = lambda *at: (sending.append(len(pipe.sending)), forward(*at))[1]
     ends = rank in (0, ranks - 1)
     loss = pipe.step(M, x if ends else None, labels if ends else None)
-    grads = [(p.grad.clone(), q.grad) for ours, i in zip(mine, here(kind, ranks, rank))
+    grads = [(p.grad.clone(), q.grad) for ours, i in zip(mine, layout(kind, ranks, rank)[1])
              for p, q in zip(ours.parameters(), whole[i].parameters())]
     with torch.no_grad():
         evaluated = pipe.step(M, x, labels)
@@ -407,7 +399,7 @@ class Sleeper(nn.Module):
 def run_time(kind, rank, ranks, seconds=0.02, attempts=3):
     """Measured over simulated makespan: the best attempt, for a busy machine only adds."""
     M, x, best = 2 * ranks, torch.zeros(4 * ranks, D), 10.0
-    pipe = DualPipe(kind, [Sleeper(seconds) for _ in here(kind, ranks, rank)], squared, torch.empty(2, D))
+    pipe = DualPipe(kind, [Sleeper(seconds) for _ in layout(kind, ranks, rank)[1]], squared, torch.empty(2, D))
     want = simulated(kind, ranks, M)["makespan"] * seconds
     for _ in range(attempts):
         if best > 1.15:
@@ -420,67 +412,37 @@ def run_time(kind, rank, ranks, seconds=0.02, attempts=3):
     return best
 
 
-class V3Stage(nn.Module):
-    """Layers of a V3, from the embedding in the first stage, to the final norm and MTP in the last."""
+def run_v3(kind, rank, ranks, micro_batches=1, **changes):
+    """V3 in stages against V3 in one process, its loss taken of one micro-batch or as many as the pipeline's."""
+    (count, mine), M, T = layout(kind, ranks, rank), 2 * ranks, 9
+    whole = build(**{**dict(n_layers=count, balance_alpha=0.1, init_std=0.1, seq_len=T), **changes})
+    tokens = random_tokens(M, T + 2)
+    totals, loss, parts = target_totals(tokens, 1), 0.0, {}
+    for micro in tokens.chunk(micro_batches):
+        share, more = whole.loss(micro, totals=totals, mtp_weight=0.7)
+        share.backward()
+        loss += share.item()
+        parts = {name: parts.get(name, 0.0) + part.item() for name, part in more.items()}
 
-    def __init__(self, v3, index, stages, totals):
-        super().__init__()
-        n = len(v3.layers)
-        self.layers = nn.ModuleList(v3.layers[n * index // stages:n * (index + 1) // stages])
-        self.first, self.last, self.v3, self.totals = index == 0, index == stages - 1, [v3], totals
-        if self.first or self.last and v3.mtp:
-            self.embed = v3.embed
-        if self.last:
-            self.ends = nn.ModuleList([v3.norm, v3.head, *v3.mtp])
-
-    def balance(self, gate, routing):
-        gate.load += routing.load
-        return self.v3[0].config.balance_alpha * routing.balance / self.totals[1]
-
-    def forward(self, x):
-        v3, local = self.v3[0], None
-        if self.first:
-            x = v3.embedding(x[:, :-1 - v3.config.n_mtp])
-        for layer in self.layers:
-            x, routing = layer(x, v3.rope[:x.shape[1]])
-            if routing:
-                local = self.balance(layer.ffn.gate, routing) + (0.0 if local is None else local)
-        return v3.norm(x) if self.last else x, local
-
-    def criterion(self, h, tokens):
-        v3, T, loss = self.v3[0], h.shape[1], 0.0
-        states = [(h, None), *v3.draft(h, tokens)]
-        for k, ((h, routing), count) in enumerate(zip(states, self.totals[0])):
-            nats = CrossEntropy.apply(h.flatten(0, 1), v3.head.weight, tokens[:, k + 1:T + k + 1].flatten()) / count
-            loss = loss + nats * (v3.config.mtp_weight / v3.config.n_mtp if k else 1)
-            loss = loss + (self.balance(v3.mtp[k - 1].block.ffn.gate, routing) if routing else 0.0)
-        return loss
-
-
-def run_v3(kind, rank, ranks):
-    """V3 in stages; in the dualpipes with MTP: embedding, head and MTP are on one rank and share their parameters."""
-    M, T, n_mtp = 2 * ranks, 9, 1 if kind.startswith("dualpipe") else 0
-    changes = dict(n_layers=2 * ranks, balance_alpha=0.1, init_std=0.1, n_mtp=n_mtp)
-    whole, v3 = build(**changes), build(**changes)
-    tokens = random_tokens(M, T + 1 + n_mtp)
-    totals, stages = target_totals(tokens, n_mtp), stages_of(kind, ranks)
-    want, _ = whole.loss(tokens)
-    want.backward()
-
-    mine = [V3Stage(v3, i, stages, totals) for i in here(kind, ranks, rank)]
-    criterion = next((s.criterion for s in mine if s.last), None)
-    pipe = DualPipe(kind, mine, criterion, torch.empty(1, T, whole.config.dim, dtype=torch.float64))
-    loss = pipe.step(M, tokens, tokens)
-    names = {id(p): name for name, p in v3.named_parameters()}
-    theirs = dict(whole.named_parameters())
-    owned = [p for s in mine for p in s.parameters()]
-    gates = {id(g): (g, ref) for g, ref in zip(v3.gates(), whole.gates()) if any(g.weight is p for p in owned)}
-    gates = [gates[id(g)] for g in v3.gates() if id(g) in gates]
+    stages = model.stages(whole.config, count, mine, initialize=False)
+    stages = [s.double() for s in stages]
+    pipe = DualPipe(kind, stages, next((s.criterion for s in stages if s.last), None), stages[0].like(1),
+                    shared=model.shared(stages))
+    for s in stages:
+        s.load_state_dict({name: whole.state_dict()[name] for name in s.state_dict()})
+        s.begin(totals, mtp_weight=0.7)
+    took = pipe.step(M, tokens, tokens)
+    theirs, owned = dict(whole.named_parameters()), {id(p) for p in pipe.owned}
+    gates = dict(whole.named_modules())
+    gates = [(gate, gates[name]) for s in pipe.in_order for name, gate in s.named_modules() if isinstance(gate, Gate)]
     if kind == "dualpipe":
-        pipe.sum_copies([g.load for g, _ in gates])
-    return {"loss": abs(loss / want.item() - 1), "loads": all(torch.equal(g.load, ref.load) for g, ref in gates),
-            "grads": max(error(p.grad, theirs[names[id(p)]].grad) for p in owned),
-            "moved": min(theirs[names[id(p)]].grad.abs().max().item() for p in owned)}
+        pipe.sum_copies([gate.load for gate, _ in gates])
+    return {"loss": abs(took / loss - 1), "loads": all(torch.equal(gate.load, ref.load) for gate, ref in gates),
+            "parts": [sum(float(s.parts[name]) for s in stages) for name in parts], "whole": list(parts.values()),
+            "grads": max(error(p.grad, theirs[name].grad) for s in stages for name, p in s.named_parameters()),
+            "moved": min(theirs[name].grad.abs().max().item() for s in stages for name, _ in s.named_parameters()),
+            "owned": sorted({name for s in stages for name, p in s.named_parameters() if id(p) in owned}),
+            "names": sorted(theirs)}
 
 
 class Broken(Layer):
@@ -507,7 +469,7 @@ def run_mistakes(rank, ranks):
     x = torch.randn(2 * M, D, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
     out = {}
     for kind in KINDS:
-        mine = [(Broken if rank == 1 and not dir else Layer)(i) for dir, i in enumerate(here(kind, ranks, rank))]
+        mine = [(Broken if rank == 1 and not dir else Layer)(i) for dir, i in enumerate(layout(kind, ranks, rank)[1])]
         pipe = DualPipe(kind, mine, squared, like)
         out[kind] = told(pipe.step, M, x, x)
         pipe.step(M, x, x)                                                        # and the pipeline goes on
@@ -535,10 +497,14 @@ def rank_main(rank, ranks, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store{ranks}", rank=rank, world_size=ranks,
                             timeout=datetime.timedelta(seconds=30))
-    out = {kind: run_layers(kind, rank, ranks) for kind in KINDS}
-    out |= {f"v3 {kind}": run_v3(kind, rank, ranks) for kind in KINDS}
-    out["time"] = {kind: run_time(kind, rank, ranks) for kind in KINDS} if ranks == 4 else None
-    out["mistakes"] = run_mistakes(rank, ranks)
+    out = {f"v3 {kind}": run_v3(kind, rank, ranks) for kind in KINDS}
+    if ranks < 8:
+        out |= {kind: run_layers(kind, rank, ranks) for kind in KINDS}
+        out["mistakes"] = run_mistakes(rank, ranks)
+    if ranks == 2:
+        out["v3 fp8"] = run_v3("dualpipev", rank, ranks, 2 * ranks, precision="fp8_reference")
+    if ranks == 4:
+        out["time"] = {kind: run_time(kind, rank, ranks) for kind in KINDS}
     (folder / f"{ranks}.{rank}.json").write_text(json.dumps(out))
     if ranks == 4:
         out = run_death(rank, ranks)
@@ -550,7 +516,7 @@ def rank_main(rank, ranks, folder):
 if __name__ == "__main__":
     # One process imports torch; on Linux its ranks are forks of it, before it has started any thread.
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    for world in (2, 4):
+    for world in (2, 4, 8):
         processes = [context.Process(target=rank_main, args=(r, world, Path(sys.argv[1]))) for r in range(world)]
         [p.start() for p in processes]
         [p.join() for p in processes]
@@ -565,7 +531,7 @@ def ranks(tmp_path_factory):
     done = subprocess.run([sys.executable, __file__, folder], cwd=ROOT, capture_output=True, text=True, timeout=120,
                           env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
     out = {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
-    assert len(out) == 2 + 4 + 3, done.stderr
+    assert len(out) == 2 + 4 + 8 + 3, done.stderr
     return out
 
 
@@ -598,12 +564,16 @@ def test_a_run_takes_as_long_as_the_simulation_says(kind, ranks):
     assert 0.99 < took < 1.3
 
 
-@WORLDS
-@pytest.mark.parametrize("kind", KINDS)
-def test_v3_in_stages_equals_v3(kind, world, ranks):
-    for r in range(world):
-        result = ranks[f"{world}.{r}"][f"v3 {kind}"]
-        assert max(result["loss"], result["grads"]) < 1e-12 and result["loads"] and result["moved"] > 0, result
+@pytest.mark.parametrize("world, kind", [(world, kind) for world in (2, 4, 8) for kind in KINDS] + [(2, "fp8")])
+def test_v3_in_stages_equals_v3(world, kind, ranks):
+    results = [ranks[f"{world}.{r}"][f"v3 {kind}"] for r in range(world)]
+    for result in results:
+        assert result["grads"] < 1e-12 and result["loads"] and result["moved"] > 0, result
+        assert result["loss"] < (1e-6 if kind == "fp8" else 1e-12), result               # FP8's losses are float32
+    parts = [sum(parts) for parts in zip(*(result["parts"] for result in results))]
+    assert parts == pytest.approx(results[0]["whole"], rel=1e-6 if kind == "fp8" else 1e-12) and min(parts) > 0
+    # What is counted once and written once: every parameter, by one rank.
+    assert sorted(name for result in results for name in result["owned"]) == results[0]["names"]
 
 
 @WORLDS

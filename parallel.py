@@ -13,7 +13,8 @@ Neighbours in number are neighbours in space, so what is sent most (tokens to ex
 parallelism: V3 does without it.
 
 Every parameter is held by a group of ranks, its replicas, that must stay equal: a dense one by the dp ranks of its
-stage, an expert by those of them with the same ep_rank. After backward each rank has the gradient of its own sequences,
+stage, an expert by those of them with the same ep_rank; with DualPipe, which runs each stage on the ranks pp_rank and
+pp-1-pp_rank of the pipeline, by both of these. After backward each rank has the gradient of its own sequences,
 of an expert those of its ep neighbours too; the sum over the replicas is the gradient of the whole batch. Who applies
 it? Either everyone, with AdamW's two moments for every parameter, or (ZeRO-1) for each parameter one owner: gradients
 go to the owner only, it alone keeps the moments, and it sends the updated weight back. The same bytes cross the wires
@@ -48,7 +49,7 @@ import shutil
 import sys
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -83,8 +84,9 @@ class Mesh:
     pp: int = 1
     ep: int = 1
     ep_nodes: int = 1                                    # machines over which ep neighbours stand
-    dp_group: object = None                              # those that hold the same layers
-    replicas: object = None                              # ... and the same experts
+    dp_group: object = None                              # ranks that hold the same layers
+    pp_group: object = None                              # those that see the same sequences
+    replicas: dict = field(default_factory=dict)         # (expert?, copied in the pipeline?): who holds a parameter
     inside: object = None                                # ep neighbours on one machine
     between: object = None                               # ep neighbours with the same place on each machine
 
@@ -145,15 +147,22 @@ class Mesh:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=self.store,
                                 rank=self.rank, world_size=self.world, timeout=patience)
 
-        def group(*numbers):
-            ranks = list(range(*numbers))
-            return dist.new_group(ranks, patience, use_local_synchronization=True) if len(ranks) > 1 else None
+        def group(ranks):
+            return dist.new_group(sorted(ranks), patience, use_local_synchronization=True) if len(ranks) > 1 else None
 
-        stage, neighbours, here = self.pp_rank * self.dp, self.rank - self.ep_rank, self.ep // self.ep_nodes
-        self.dp_group = group(stage, stage + self.dp)
-        self.replicas = group(stage + self.ep_rank, stage + self.dp, self.ep)
-        self.inside = group(self.rank - self.rank % here, self.rank - self.rank % here + here)
-        self.between = group(neighbours + self.rank % here, neighbours + self.ep, here)
+        def stage(pp_rank, step=1):
+            return {*range(pp_rank * self.dp + self.rank % step, (pp_rank + 1) * self.dp, step)}
+
+        twin, here = self.pp - 1 - self.pp_rank, self.ep // self.ep_nodes
+        neighbours = range(self.rank - self.ep_rank, self.rank - self.ep_rank + self.ep)
+        self.dp_group = group(stage(self.pp_rank))
+        self.pp_group = group(range(self.dp_rank, self.world, self.dp))
+        self.replicas = {(False, False): self.dp_group,
+                         (True, False): group(stage(self.pp_rank, self.ep)),
+                         (False, True): group(stage(self.pp_rank) | stage(twin)),
+                         (True, True): group(stage(self.pp_rank, self.ep) | stage(twin, self.ep))}
+        self.inside = group(neighbours[self.ep_rank // here * here:][:here])
+        self.between = group(neighbours[self.ep_rank % here::here])
 
     def same(self, what, values):
         """UserError on a rank whose dict of JSON-able `values` is not that of rank 0."""
@@ -318,31 +327,31 @@ class Shares:
     """
 
     def __init__(self, held, zero1=True, dtype=None):
-        self.held, self.zero1, self.dtype, self.owner, loads = held, zero1, dtype, {}, {}
-        for name, (p, group) in sorted(held.items(), key=lambda item: -item[1][0].numel()):
-            load = loads.setdefault(group, [0] * size(group))            # the largest first, each to who has least
-            self.owner[name] = load.index(min(load))
-            load[self.owner[name]] += p.numel()
-        mine = lambda group: 0 if group is None else dist.get_rank(group)
-        self.owned = {name: p for name, (p, group) in held.items() if self.owner[name] == mine(group)}
+        self.zero1, self.dtype, self.owned, self.buckets, loads = zero1, dtype, {}, {}, {}
+        for name, (p, group) in sorted(held.items(), key=lambda item: (-item[1][0].numel(), item[0])):
+            load = loads.setdefault(group, [0] * (1 if group is None else dist.get_world_size(group)))
+            owner = load.index(min(load))                                # the largest first, each to who has least
+            load[owner] += p.numel()
+            mine = group is None or owner == dist.get_rank(group)
+            if mine:
+                self.owned[name] = p
+            if group is not None:
+                self.buckets.setdefault((group, owner, mine), []).append(p)
+        self.owned = {name: self.owned[name] for name in held if name in self.owned}            # in the model's order
         self.updated = self.owned if zero1 else {name: p for name, (p, _) in held.items()}
 
     @torch.no_grad()
     def sum_gradients(self):
         """Sum every gradient over the replicas of its parameter: for the owner alone or, without ZeRO-1, for all."""
-        sums = []
-        for name, (p, group) in self.held.items():
-            if group is not None:
-                grad = torch.zeros_like(p) if p.grad is None else p.grad.contiguous()
-                p.grad, grad = grad, grad.to(self.dtype or grad.dtype)
-                sums.append((p, grad, dist.reduce(grad, group=group, group_dst=self.owner[name], async_op=True)
-                             if self.zero1 else dist.all_reduce(grad, group=group, async_op=True)))
-        for p, grad, work in sums:
-            work.wait()
-            p.grad.copy_(grad)
-        for name, (p, _) in self.held.items():
-            if name not in self.updated:
-                p.grad = None
+        for (group, owner, mine), bucket in self.buckets.items():
+            flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in bucket])
+            summed = flat.to(self.dtype or flat.dtype)
+            if self.zero1:
+                dist.reduce(summed, group=group, group_dst=owner)
+            else:
+                dist.all_reduce(summed, group=group)
+            for p, grad in zip(bucket, summed.to(flat.dtype).split([p.numel() for p in bucket])):
+                p.grad = grad.view_as(p) if mine or not self.zero1 else None
 
     def clip(self, most, mesh):
         """Scale the summed gradients so that the norm of all of them together, every parameter of the model once, is at
@@ -356,13 +365,11 @@ class Shares:
     @torch.no_grad()
     def send_updated(self):
         """With ZeRO-1 the owners' new weights go to all replicas."""
-        if self.zero1:
-            works = [dist.broadcast(p, group=group, group_src=self.owner[name], async_op=True)
-                     for name, (p, group) in self.held.items() if group is not None]
-            for work in works:
-                work.wait()
-        # Nobody told autograd that these were written to, and FP8 quantizes a weight anew when it has changed.
-        torch.autograd.graph.increment_version([p for name, (p, _) in self.held.items() if name not in self.updated])
+        for (group, owner, mine), bucket in self.buckets.items() if self.zero1 else ():
+            flat = torch.cat([p.flatten() for p in bucket])
+            dist.broadcast(flat, group=group, group_src=owner)
+            for p, new in zip(bucket, flat.split([p.numel() for p in bucket])) if not mine else ():
+                p.copy_(new.view_as(p))
 
 
 # --- checkpoints: files -----------------------------------------------------------------------------------------------

@@ -27,11 +27,13 @@ import torch
 
 import backend
 import configs
+import dualpipe
 import parallel
 from configs import MACHINE_FIELDS, UserError
 from data import Data, batch_size_at, special, tokenizer_json
+from dualpipe import DualPipe
 from fp8 import AdamW
-from model import V3, CrossEntropy, arithmetic, config_from_hf, from_hf, official_index, official_tensors
+from model import V3, CrossEntropy, arithmetic, balanced, config_from_hf, from_hf, official_tensors, shared, stages
 from moe import max_vio
 
 MAX_SKIPS = 5                                      # non-finite steps in a row before the run gives up
@@ -155,20 +157,20 @@ def make_optimizer(c, params):
     return optimizer
 
 
-def run_tensors(v3, optimizer, ema):
-    """Everything of this rank that a checkpoint holds: {name: tensor}, under official names."""
-    tensors = dict(official_tensors(v3))
-    for kind in ("exp_avg", "exp_avg_sq"):
-        moments = {name: optimizer.state[p][kind] for name, p in v3.named_parameters() if p in optimizer.state}
-        tensors |= {f"{kind}/{name}": t for name, t in official_tensors(v3, moments).items()}
-    return tensors | {f"ema/{name}": t for name, t in official_tensors(v3, ema).items()}
-
-
-def owned_tensors(v3, optimizer, ema, shares):
-    """Those of run_tensors that this rank saves: of its own parameters, and a gate's bias with the gate's weight."""
-    mine = {name for name, (ours, _) in official_index(v3).items()
-            if ours.replace("gate.bias", "gate.weight") in shares.owned}
-    return {name: t for name, t in run_tensors(v3, optimizer, ema).items() if name.rpartition("/")[2] in mine}
+def run_tensors(modules, optimizer, ema, owned=None):
+    """Everything of this rank that a checkpoint holds: {name: tensor}, under official names; or, with the names of the
+    parameters that it owns, what it saves: these, and a gate's bias with the gate's weight."""
+    out = {}
+    for module in modules:
+        named = dict(module.named_parameters())
+        kinds = {"": dict(module.state_dict()), "ema/": {name: ema[name] for name in named if name in ema}}
+        for kind in ("exp_avg", "exp_avg_sq"):
+            kinds[kind + "/"] = {name: optimizer.state[p][kind] for name, p in named.items() if p in optimizer.state}
+        for prefix, tensors in kinds.items():
+            if owned is not None:
+                tensors = {name: t for name, t in tensors.items() if name.replace("gate.bias", "gate.weight") in owned}
+            out |= {prefix + name: t for name, t in official_tensors(module, tensors).items()}
+    return out
 
 
 # --- during the run ---------------------------------------------------------------------------------------------------
@@ -184,6 +186,27 @@ def evaluate(v3, data, mesh):
         total += CrossEntropy.apply(h.flatten(0, 1), v3.head.weight.detach(), targets).item()
         count += int((targets >= 0).sum())
     v3.train()
+    total, count = mesh.total({"nats": total, "tokens": count}).values()
+    return total / count, data.bits_per_byte(total)
+
+
+@torch.no_grad()
+def evaluate_pipe(c, pipe, data, mesh):
+    """`evaluate` through the pipeline. Its batches all have one size: the last is filled up with windows of nothing."""
+    T, total, count, micros = c.seq_len, 0.0, 0, 2 * mesh.pp
+    for stage in pipe.stages:
+        stage.eval()
+    for tokens, valid in data.eval_windows(micros * c.micro_batch_size, mesh.dp_rank, mesh.dp):
+        filled = torch.zeros(2, micros * c.micro_batch_size, tokens.shape[1], dtype=torch.int64)
+        filled[1] = -1
+        filled[0, :len(tokens)], filled[1, :len(tokens)] = tokens, torch.where(valid, tokens, ~tokens)
+        for stage in pipe.stages:
+            stage.begin(([1] * (c.n_mtp + 1), 1))
+        loss = pipe.step(micros, *filled.to(pipe.like.device))
+        total += loss if mesh.pp_rank == 0 else 0.0                                   # every rank of it has the same
+        count += int(valid[:, 1:T + 1].sum()) if mesh.pp_rank == 0 else 0
+    for stage in pipe.stages:
+        stage.train()
     total, count = mesh.total({"nats": total, "tokens": count}).values()
     return total / count, data.bits_per_byte(total)
 
@@ -273,6 +296,7 @@ def main(argv, mesh=None):
                         f"same on plain torch, slowly")
     if c.eval_only:
         return eval_only(c)
+    check_pipeline(c, mesh)
     mesh.connect(device)
     mesh.same("config", dataclasses.asdict(c))
     if c.profile and c.max_steps < 6:
@@ -297,6 +321,22 @@ def main(argv, mesh=None):
                             f"same) or set --recompute=True; if the model alone is too large, --dim or --n_layers") \
                 from None
         raise
+
+
+def check_pipeline(c, mesh):
+    """UserError where the layers or a batch can't go through the pipeline of the config."""
+    if c.pp == 1:
+        return
+    if c.compile:
+        raise UserError("--compile: not in a pipeline, which puts gradients off behind the compiler's back; leave out "
+                        "one of --compile and --pp")
+    balanced(c, dualpipe.layout(c.pipeline, c.pp, 0)[0])
+    for step in {0, c.batch_ramp}:
+        share = batch_size_at(c, step) // mesh.dp
+        if share % c.micro_batch_size:
+            raise UserError(f"--micro_batch_size={c.micro_batch_size}: does not divide the {share} sequences that a "
+                            f"pipeline gets in step {step + 1}")
+        dualpipe.check(c.pipeline, c.pp, share // c.micro_batch_size)
 
 
 def newest_whole(c, have, mesh):
@@ -339,24 +379,58 @@ def eval_only(c):
     return 0
 
 
+def build(c, device, mesh, newest):
+    """The modules that this rank runs, and the pipeline or None: V3 whole, or one or two stages of it."""
+    loaded = c.init_from and not newest
+    if mesh.pp == 1:
+        if loaded:
+            v3 = from_hf(c.init_from, device, **{f: getattr(c, f) for f in configs.FIELDS if f != "device"})
+        else:
+            with torch.device(device):
+                v3 = V3(c)
+        return [v3], None
+    count, mine = dualpipe.layout(c.pipeline, mesh.pp, mesh.pp_rank)
+    with torch.device(device):
+        parts = stages(c, count, mine, initialize=not loaded)
+    criterion = next((stage.criterion for stage in parts if stage.last), None)
+    pipe = DualPipe(c.pipeline, parts, criterion, parts[0].like(c.micro_batch_size), mesh.pp_group, shared(parts))
+    if loaded:
+        whole = official_tensors(from_hf(c.init_from, n_mtp=c.n_mtp))
+        for stage in parts:
+            for name, tensor in official_tensors(stage).items():
+                tensor.detach().copy_(whole[name])
+    return pipe.in_order, pipe
+
+
+def pipelined(c, pipe, batch, totals, weight):
+    """Forward and backward of this pipeline's sequences; the parts of the loss that fall to this rank."""
+    for stage in pipe.stages:
+        stage.begin(totals, weight)
+    pipe.step(len(batch) // c.micro_batch_size, batch, batch)
+    return {name: sum(stage.parts[name] for stage in pipe.stages) for name in pipe.stages[0].parts}
+
+
 def run(c, device, mesh, newest, command):
     # Everything that can be wrong with the input is found here, before the first long work.
     data = mesh.one_first(lambda: Data(c))
     mesh.same("data", data.identity)
     a = plan(c, device, data)
-    if c.init_from and not newest:
-        v3 = from_hf(c.init_from, device, **{f: getattr(c, f) for f in configs.FIELDS if f != "device"})
-    else:
-        with torch.device(device):
-            v3 = V3(c)
-    shares = parallel.Shares({name: (p, mesh.dp_group) for name, p in v3.named_parameters()}, c.zero1,
-                             torch.bfloat16 if c.grad_sum == "bf16" else None)
+    modules, pipe = build(c, device, mesh, newest)
+    copied = {id(p) for p in pipe.copies} if pipe else set()
+    shares = parallel.Shares(
+        {name: (p, mesh.replicas.get((p.ndim == 3, id(p) in copied)))                 # of three dims: stacked experts
+         for module in modules for name, p in module.named_parameters()},
+        c.zero1, torch.bfloat16 if c.grad_sum == "bf16" else None)
+    if pipe:
+        pipe.copies = []                                     # their gradients are summed with those of other replicas
+    gates = [gate for module in modules for gate in module.gates()]
+    counters = mesh.replicas.get((False, bool(pipe) and c.pipeline == "dualpipe"))          # of the loads of one gate
     optimizer = make_optimizer(c, shares.updated.values())
     ema = {name: p.detach().to("cpu", copy=True) for name, p in shares.owned.items()} if c.ema_decay else {}
     start, updates = 0, 0
     if newest:
         folder, state = newest
-        parallel.load_tensors(folder, state, run_tensors(v3, optimizer, ema))
+        parallel.load_tensors(folder, state, run_tensors(modules, optimizer, ema))
         if any(state["data"][key] != data.identity[key] for key in ("corpus_sha256", "tokenizer_sha256")):
             raise UserError(f"--resume: the text or the tokenizer is not that of {folder} (its sha256 differs); give "
                             f"its --data, "
@@ -366,7 +440,7 @@ def run(c, device, mesh, newest, command):
             optimizer.state[p]["step"].fill_(updates)
         print(f"resumed from {folder} at step {start}")
     if c.compile:
-        for block in [*v3.layers, *(m.block for m in v3.mtp)]:
+        for block in [*modules[0].layers, *(m.block for m in modules[0].mtp)]:
             block.compile()
 
     peak = backend.peak_flops(device, c.precision)
@@ -375,18 +449,17 @@ def run(c, device, mesh, newest, command):
     profiler = profile(c, mesh) if c.profile else None
 
     def save(step):
-        saver.save(step, owned_tensors(v3, optimizer, ema, shares),
+        saver.save(step, run_tensors(modules, optimizer, ema, shares.owned),
                    {"config": dataclasses.asdict(c), "data": data.identity, "updates": updates, "rng": None,
                     "torch": torch.__version__}, tokenizer)
 
     def report(step):
-        loss, bpb = evaluate(v3, data, mesh)
+        loss, bpb = evaluate_pipe(c, pipe, data, mesh) if pipe else evaluate(modules[0], data, mesh)
         log.write(step=step, time=time.time() - log.began, val_loss=loss, val_bpb=bpb)
         xz = data.identity["val_xz_bytes"]
         against = f", {bpb / (8 * xz / data.val_bytes):.3f}x of xz -9e" if xz else ""
         print(f"step {step}: val loss {loss:.4f} nats per token, {bpb:.4f} bits per byte{against}", flush=True)
 
-    v3.train()
     skipped, saved = 0, start
     busy, seen, shown = 0.0, 0, start                                                     # since the last progress line
     with parallel.claimed(c.out_dir, mesh), parallel.Saver(c.out_dir, mesh) as saver, Interrupt() as interrupt:
@@ -398,17 +471,19 @@ def run(c, device, mesh, newest, command):
             batch = data.batch(step, mesh.dp_rank, mesh.dp).to(device)                # [size / dp, T+1+n_mtp]
             totals = [size * c.seq_len] * counts, size
             parts = {"loss": 0.0, "mtp_loss": 0.0, "balance_loss": 0.0}
-            for micro in batch.split(c.micro_batch_size):
-                loss, share = v3.loss(micro, totals=totals, mtp_weight=mtp_weight(c, step))
-                loss.backward()
-                parts = {name: parts[name] + share[name] for name in parts}
+            if pipe:
+                parts = pipelined(c, pipe, batch, totals, mtp_weight(c, step))
+            else:
+                for micro in batch.split(c.micro_batch_size):
+                    loss, share = modules[0].loss(micro, totals=totals, mtp_weight=mtp_weight(c, step))
+                    loss.backward()
+                    parts = {name: parts[name] + share[name] for name in parts}
             shares.sum_gradients()
             norm = shares.clip(c.grad_clip or math.inf, mesh)
-            parts = mesh.total({name: float(value) for name, value in parts.items()})
-
-            gates = v3.gates()
-            parallel.add([gate.load for gate in gates], mesh.dp_group)
-            vio = torch.stack([max_vio(g.load) for g in gates]).mean().item() if gates else 0.0
+            parallel.add([gate.load for gate in gates], counters)
+            sums = {**parts, "max_vio": sum(max_vio(gate.load) for gate in gates), "gates": len(gates)}
+            sums = mesh.total({name: float(value) for name, value in sums.items()})
+            parts, vio = {name: sums[name] for name in parts}, sums["max_vio"] / max(sums["gates"], 1)
             if math.isfinite(norm) and all(map(math.isfinite, parts.values())):         # the same answer on every rank
                 optimizer.step()
                 shares.send_updated()
@@ -426,7 +501,8 @@ def run(c, device, mesh, newest, command):
                 if skipped == MAX_SKIPS:
                     raise UserError(f"{MAX_SKIPS} steps in a row were not finite: start again with a lower --lr "
                                     f"(now {c.lr}) and another --out_dir; the last checkpoint is step {saved}")
-            v3.zero_grad(set_to_none=True)
+            for module in modules:
+                module.zero_grad(set_to_none=True)
 
             done, spent = step + 1, time.time() - began
             busy, seen = busy + spent, seen + size * c.seq_len
@@ -456,7 +532,7 @@ def run(c, device, mesh, newest, command):
         print(f"saved {parallel.latest(c.out_dir)}; go on with: python train.py {command} --resume "
               f"--out_dir={c.out_dir}")
         return code
-    finish(c, v3, data, log, mesh)
+    finish(c, modules[0], data, log, mesh, device)
     return 0
 
 
@@ -486,20 +562,23 @@ def profile(c, mesh):
 
 # --- after the run ----------------------------------------------------------------------------------------------------
 
-def finish(c, v3, data, log, mesh):
+def finish(c, v3, data, log, mesh, device):
     """Measured numbers beside the planned ones, the figure, a sample, and what to try next."""
     import sample
     steps = [json.loads(line) for line in log.path.read_text(encoding="utf-8").splitlines()]
     speeds = sorted(s["tokens_per_s"] for s in steps if "tokens_per_s" in s) or [0]
     print(f"measured: {clock(time.time() - log.began)} in all, {speeds[len(speeds) // 2]:,.0f} tokens/s (median step), "
-          f"peak memory {human(backend.peak_memory(v3.embed.weight.device), 'B')}")
+          f"peak memory {human(backend.peak_memory(device), 'B')}")
     figure = draw(log.path) if mesh.rank == 0 else None
     print(f"figure: {figure}" if figure else "no figure: pip install -r requirements-extra.txt brings matplotlib")
     eos = special(data.tokenizer, "eos")
+    if mesh.pp > 1:
+        print(f"next: python sample.py --out_dir={c.out_dir}")
+        return
     v3.eval()
     prompt = "def" if c.data == "stdlib" else ""
     tokens = [eos] + data.tokenizer.encode_ordinary(prompt)
-    generator = torch.Generator(v3.embed.weight.device).manual_seed(c.seed)
+    generator = torch.Generator(device).manual_seed(c.seed)
     if c.context > len(tokens):
         ids = sample.generate(v3, [tokens], min(120, c.context - len(tokens)), generator=generator, eos=eos)[0]
         text = prompt + "".join(map(sample.characters(data.tokenizer), ids))

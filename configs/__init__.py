@@ -105,7 +105,8 @@ class Config:
 
     # --- the ranks: processes that torchrun starts, pp * dp of them (parallel.py) -------------------------------------
     dp: int = param(0, "ranks that share out each batch; 0 = all there are / pp", 0)
-    pp: int = param(1, "pipeline stages that the layers are cut into", 1)
+    pp: int = param(1, "ranks of the pipeline that the layers are cut for", 1)
+    pipeline: str = param("dualpipe", "its schedule (dualpipe.py)", choices=("dualpipe", "dualpipev", "1f1b", "zb1p"))
     ep: int = param(1, "neighbours among the dp ranks that share out the experts", 1)
     nodes: int = param(0, "machines that the ranks stand on; 0 = as torchrun says", 0)
     zero1: bool = param(True, "each of the ranks with the same weights updates a part of them (ZeRO-1)")
@@ -139,9 +140,9 @@ class Config:
 
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
 # What may differ when a run is resumed: where and how it runs, not what it computes.
-MACHINE_FIELDS = {"micro_batch_size", "device", "compile", "recompute", "recompute_mla", "dp", "pp", "ep", "nodes",
-                  "zero1", "timeout", "out_dir", "eval_interval", "eval_stride", "save_interval", "resume", "init_from",
-                  "eval_only", "profile", "plan"}
+MACHINE_FIELDS = {"micro_batch_size", "device", "compile", "recompute", "recompute_mla", "dp", "pp", "pipeline",
+                  "ep", "nodes", "zero1", "timeout", "out_dir", "eval_interval", "eval_stride", "save_interval",
+                  "resume", "init_from", "eval_only", "profile", "plan"}
 
 
 # --- from text to a checked Config ------------------------------------------------------------------------------------

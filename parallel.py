@@ -165,16 +165,13 @@ class Mesh:
         self.between = group(neighbours[self.ep_rank % here::here])
 
     def same(self, what, values):
-        """UserError on a rank whose dict of JSON-able `values` is not that of rank 0."""
-        if self.world == 1:
-            return
-        if self.rank == 0:
-            self.store.set(what, json.dumps(values))
-        first = json.loads(self.store.get(what))
-        for key, value in json.loads(json.dumps(values)).items():
-            if value != first.get(key):
-                raise UserError(f"{what}: {key} is {value!r} here and {first.get(key)!r} on rank 0; every rank must "
-                                f"have the same")
+        """UserError on every rank where a rank's dict of `values` is not that of rank 0."""
+        first, *others = self.gather(values)
+        for rank, other in enumerate(others, 1):
+            for key, value in first.items():
+                if other.get(key) != value:
+                    raise UserError(f"{what}: {key} is {value!r} on rank 0 and {other.get(key)!r} on rank {rank}; it "
+                                    f"must be the same on all")
 
     def one_first(self, make):
         """make(), on one rank of a machine before the others, which then find what it has left on the disk."""
@@ -249,7 +246,8 @@ def cli(main):
 def store():
     """torch's TCPStore, where torchrun has put it; without torchrun, rank 0 opens it at MASTER_ADDR:MASTER_PORT."""
     try:
-        return next(dist.rendezvous("env://"))[0]
+        table = next(dist.rendezvous("env://"))[0]
+        return dist.PrefixStore(f"start {restarts()}", table)          # nothing that ranks wrote before they died
     except ValueError as e:
         raise UserError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {str(e).strip()}; start the ranks with "
                         f"torchrun") from None
@@ -259,6 +257,11 @@ def store():
             raise UserError(f"{at}: the port is in use; give another with torchrun --master-port=N, or "
                             f"--standalone on one machine") from None
         raise UserError(f"{at}: rank 0 does not answer there ({str(e).splitlines()[0]})") from None
+
+
+def restarts():
+    """How often torchrun --max-restarts has started this job again."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
 def failure(mesh, e):

@@ -304,8 +304,8 @@ def main(argv, mesh=None):
     have = parallel.checkpoints(c.out_dir)
     if os.path.exists(c.out_dir) and not os.path.isdir(c.out_dir):
         raise UserError(f"{c.out_dir}: a file and not a folder; give another --out_dir")
-    if "TORCHELASTIC_RESTART_COUNT" in os.environ and int(os.environ["TORCHELASTIC_RESTART_COUNT"]):
-        c.resume = bool(have)                                  # torchrun --max-restarts: go on by itself
+    if parallel.restarts():
+        c.resume = bool(have)
     if have and not c.resume:
         raise UserError(f"{c.out_dir}: holds a run, at {have[-1].name}; go on with --resume, or give another --out_dir")
     if c.resume and not have:

@@ -168,7 +168,7 @@ def run_bytes(ranks, world):
     x = torch.randn(1, 50, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(ranks.rank))
     rows, sent = moe.dispatch(x)
     tokens, _ = sent.finish(Sent.back, rows)
-    there = dict(ranks.sent)
+    there = dict(ranks.bytes_sent)
     sent.finish(Sent.there, sent.start(Sent.back, tokens))
     node, local, out = ranks.rank // ranks.locals, ranks.rank % ranks.locals, dict(nodes=0, inside=0, pairs=0, most=0)
     for chosen in sent.routing.indices.tolist():
@@ -179,8 +179,8 @@ def run_bytes(ranks, world):
         out["pairs"] += sum(e // (16 // ranks.nodes) != node for e in chosen)
         out["most"] = max(out["most"], len(nodes))
     out |= {"sent between": there["between"], "sent inside": there["inside"],
-            "back between": ranks.sent["between"] - there["between"],
-            "back inside": ranks.sent["inside"] - there["inside"]}
+            "back between": ranks.bytes_sent["between"] - there["between"],
+            "back inside": ranks.bytes_sent["inside"] - there["inside"]}
     every = [None] * world
     dist.all_gather_object(every, out)
     return {key: (max if key == "most" else sum)(o[key] for o in every) for key in out}
@@ -201,7 +201,7 @@ def run_fp8(nodes, locals, rank, between, inside):
         own = x.clone().requires_grad_()
         rows, there = moe.dispatch(own)
         tokens, weights = there.finish(Sent.back, rows)
-        sent.append(sum(ranks.sent.values()))
+        sent.append(sum(ranks.bytes_sent.values()))
         # Its backward is that of BF16: the gradient doesn't know of the rounding.
         torch.autograd.backward([tokens, weights], [torch.ones_like(tokens), torch.zeros_like(weights)])
         arrived.append(tokens.detach().float())

@@ -352,9 +352,14 @@ def run_layers(kind, rank, ranks):
 
     mine = [Layer(i) for i in layout(kind, ranks, rank)[1]]
     pipe = DualPipe(kind, mine, squared, torch.empty(2, D, dtype=torch.float64))
-    put_off, sending, backward, forward = set(), [], pipe.backward, pipe.forward
-    pipe.backward = lambda part, *at: (backward(part, *at), part == "I" and put_off.add(len(pipe.late[at])))
-    pipe.forward = lambda *at: (sending.append(len(pipe.sending)), forward(*at))[1]
+    put_off, sending, run = set(), [], pipe.run
+
+    def watched(step):
+        sending.append(len(pipe.sending))
+        run(step)
+        put_off.update(len(pipe.late[dir, mb]) for part, dir, mb in step.parts if part == "I")
+
+    pipe.run = watched
     ends = rank in (0, ranks - 1)
     loss = pipe.step(M, x if ends else None, labels if ends else None)
     grads = [(p.grad.clone(), q.grad) for ours, i in zip(mine, layout(kind, ranks, rank)[1])

@@ -497,7 +497,9 @@ def official_index(v3):
                 else {"down_proj": slice(None)}
             for piece, rows in pieces.items():
                 if tensor.ndim == 3:                                                           # [E, out, in]
-                    index.update({f"{name}experts.{e}.{piece}.weight": (ours, (e, rows)) for e in range(len(tensor))})
+                    first = v3.get_submodule(ours.rpartition(".")[0]).first
+                    index.update({f"{name}experts.{first + e}.{piece}.weight": (ours, (e, rows))
+                                  for e in range(len(tensor))})
                 else:
                     index[f"{name}{piece}.weight"] = ours, (rows,)
     return index

@@ -19,9 +19,10 @@ from torch import nn
 import dualpipe
 import model
 import moe
+from bench import Sleep, Sleeper
 from configs import UserError
 from dualpipe import KINDS, DualPipe, Step, bubble, layout, mirror, picture, schedule, simulate, source, stage
-from fp8 import Linear, weight_gradient
+from fp8 import Linear
 from model import target_totals
 from moe import Gate, GroupedLinear
 
@@ -377,31 +378,6 @@ def run_layers(kind, rank, ranks):
             "accumulated": max(error(p, 2 * theirs) for p, (_, theirs) in zip(twice, grads)),
             "put_off": sorted(put_off), "sending": max(sending), "microbatches": M,
             "left": sum(left) + len(pipe.held) + len(pipe.late) + len(pipe.arrived) + len(pipe.sending)}
-
-
-class Sleep(torch.autograd.Function):
-    """x, but F takes as long as I, and with a weight as W."""
-
-    @staticmethod
-    def forward(ctx, x, seconds, weight=None):
-        ctx.weight, ctx.seconds = weight, seconds
-        time.sleep(seconds)
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, dy):
-        time.sleep(ctx.seconds)
-        wgrad = lambda: time.sleep(ctx.seconds) or torch.zeros_like(ctx.weight)
-        return dy, None, None if ctx.weight is None else weight_gradient(ctx.weight, wgrad)
-
-
-class Sleeper(nn.Module):
-    def __init__(self, seconds):
-        super().__init__()
-        self.weight, self.seconds = nn.Parameter(torch.zeros(1)), seconds
-
-    def forward(self, x):
-        return Sleep.apply(x, self.seconds, self.weight), None
 
 
 def run_time(kind, rank, ranks, seconds=0.02, attempts=3):

@@ -561,8 +561,9 @@ def tell(group, counts):
     """Row p of counts to rank p of a group -> what they tell this one, of the same shape."""
     if group is None:
         return counts
-    out = counts.new_empty(counts.shape)       # dense, whatever the strides of counts
-    dist.all_to_all_single(out, counts.contiguous(), group=group)
+    counts = counts.contiguous()
+    out = torch.empty_like(counts)
+    dist.all_to_all_single(out, counts, group=group)
     return out
 
 

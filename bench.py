@@ -10,6 +10,7 @@
     fp8_error   what promotion to FP32 saves in a product of FP8 numbers, against its length K
     fp8_loss    char in FP32, BF16 and FP8 (the reference): python bench.py fp8_loss --data=FILE
     fp8         FP8's quantization, products and Linears against torch's, at V3's shapes (needs a Hopper GPU)
+    pipeline    every schedule executed with stages that sleep, against its simulation and torch.distributed.pipelining
     readme      put the results into the README's marked places, and draw its figures (needs matplotlib)
 
 Every section runs the commands that a user would run, each in a process of its own, and records the device, the
@@ -18,6 +19,7 @@ versions, the command and the date beside what came out.
 import datetime
 import json
 import math
+import multiprocessing
 import os
 import platform
 import shutil
@@ -32,6 +34,8 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+import torch.distributed as dist
+from torch import nn
 
 import backend
 import configs
@@ -688,6 +692,112 @@ def fp8_on_a_gpu(options):
            small=small)
 
 
+# --- pipelines of stages that sleep -----------------------------------------------------------------------------------
+
+class Sleep(torch.autograd.Function):
+    """x, but F takes as long as I, and with a weight as W."""
+
+    @staticmethod
+    def forward(ctx, x, seconds, weight=None):
+        ctx.weight, ctx.seconds = weight, seconds
+        time.sleep(seconds)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, dy):
+        time.sleep(ctx.seconds)
+        wgrad = lambda: time.sleep(ctx.seconds) or torch.zeros_like(ctx.weight)
+        return dy, None, None if ctx.weight is None else fp8.weight_gradient(ctx.weight, wgrad)
+
+
+class Sleeper(nn.Module):
+    """A stage that does nothing for so long. local: with the local loss that DualPipe asks for."""
+
+    def __init__(self, seconds, local=True):
+        super().__init__()
+        self.weight, self.seconds, self.local = nn.Parameter(torch.zeros(1)), seconds, local
+
+    def forward(self, x):
+        y = Sleep.apply(x, self.seconds, self.weight)
+        return (y, None) if self.local else y
+
+    def put_off(self):
+        """torch's name for it is dw_builder: take what a backward has put off -> a function that does it."""
+        later, self.weight.queue = self.weight.queue, []
+        return lambda: [compute() for compute in later]
+
+
+def our_pipeline(kind, ranks, rank, x, microbatches, seconds):
+    _, here = dualpipe.layout(kind, ranks, rank)
+    pipe = dualpipe.DualPipe(kind, [Sleeper(seconds) for _ in here], lambda y, labels: y.sum(), x[:1])
+    return lambda: pipe.step(microbatches, x, x)
+
+
+def torch_pipeline(schedule, ranks, rank, x, microbatches, seconds):
+    from torch.distributed import pipelining
+    single = issubclass(schedule, pipelining.schedules.PipelineScheduleSingle)
+    stages = []
+    for index in [rank] if single else [rank, 2 * ranks - 1 - rank]:
+        sleeper = Sleeper(seconds, local=False)
+        sleeper.weight.queue = []
+        args = x[:1].clone().requires_grad_(index > 0)
+        stages.append(pipelining.PipelineStage(sleeper, index, ranks if single else 2 * ranks, torch.device("cpu"),
+                                               args, x[:1].clone().requires_grad_(), dw_builder=sleeper.put_off))
+    pipe = schedule(stages[0] if single else stages, microbatches, lambda y, labels: y.sum(), scale_grads=False)
+    inputs = [x] if stages[0].is_first else []
+    target = {"target": x} if stages[-1].is_last else {}
+    return lambda: pipe.step(*inputs, **target)
+
+
+def sleep_in_turns(rank, ranks, folder, seconds, attempts):
+    """What one rank does: every schedule on the same model, that of two stages a rank with stages of half the time."""
+    from torch.distributed.pipelining import Schedule1F1B, ScheduleDualPipeV, ScheduleZBVZeroBubble
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store{ranks}", rank=rank, world_size=ranks,
+                            timeout=datetime.timedelta(seconds=60))
+    microbatches, rows = 5 * ranks // 2, []
+    x = torch.zeros(microbatches, 8)
+    for maker, kind in [*((our_pipeline, kind) for kind in dualpipe.KINDS), (torch_pipeline, Schedule1F1B),
+                        (torch_pipeline, ScheduleZBVZeroBubble), (torch_pipeline, ScheduleDualPipeV)]:
+        name = kind if isinstance(kind, str) else kind.__name__
+        share = 0.5 if name == "dualpipev" or name.endswith(("V", "Bubble")) else 1.0
+        step, times = maker(kind, ranks, rank, x, microbatches, share * seconds), []
+        for _ in range(attempts):
+            dist.barrier()
+            began = time.perf_counter()
+            step()
+            took = torch.tensor(time.perf_counter() - began, dtype=torch.float64)
+            dist.all_reduce(took, dist.ReduceOp.MAX)
+            times.append(took.item())
+        row = {"by": maker.__name__.partition("_")[0], "schedule": name, "ranks": ranks, "microbatches": microbatches,
+               "stage_seconds": share * seconds, "measured": times}
+        if kind in dualpipe.KINDS:
+            lists = [dualpipe.schedule(kind, ranks, r, microbatches) for r in range(ranks)]
+            row["simulated"] = dualpipe.simulate(kind, lists)["makespan"] * share * seconds
+        rows.append(row)
+    if rank == 0:
+        Path(folder, f"{ranks}.json").write_text(json.dumps(rows))
+    dist.destroy_process_group()
+
+
+def pipeline(options):
+    """The schedules executed on 4 and 8 gloo processes, F = I = W, against what `simulate` says and against torch's."""
+    rows, seconds, attempts = [], 0.05, int(options.get("repeats", 2))
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    with tempfile.TemporaryDirectory() as folder:
+        for ranks in (4, 8):
+            processes = [context.Process(target=sleep_in_turns, args=(rank, ranks, folder, seconds, attempts))
+                         for rank in range(ranks)]
+            [p.start() for p in processes]
+            [p.join(120) for p in processes]
+            [p.kill() for p in processes if p.is_alive()]
+            rows += json.loads(Path(folder, f"{ranks}.json").read_text())
+    for row in rows:
+        against = f", {min(row['measured']) / row['simulated'] - 1:+.1%} of simulated" if "simulated" in row else ""
+        print(f"{row['by']:6} {row['schedule']:22} {row['ranks']} ranks: {min(row['measured']):.3f} s{against}")
+    record("pipeline", "python bench.py pipeline", rows=rows)
+
+
 # --- the README -------------------------------------------------------------------------------------------------------
 
 def load(section):
@@ -840,7 +950,7 @@ def readme(options):
 
 SECTIONS = {"tiny": tiny, "char": char, "ablations": ablations, "speculation": speculation,
             "attention": attention, "decode": decode, "fp8_error": fp8_error, "fp8_loss": fp8_loss,
-            "fp8": fp8_on_a_gpu, "readme": readme}
+            "fp8": fp8_on_a_gpu, "pipeline": pipeline, "readme": readme}
 
 
 def main(argv):

@@ -748,16 +748,6 @@ def spread(model, ranks):
                 setattr(moe, name, nn.Parameter(weight[moe.first:moe.first + E // ep].clone()))
 
 
-def sum_loads(gates, group=None):
-    """Add up, in place, what the gates of all the ranks of a process group have counted: one all-reduce of integers for
-    all layers together. None: there is one rank."""
-    if group is not None and gates:
-        loads = torch.stack([gate.load for gate in gates])                                    # int64 [layers, E]
-        dist.all_reduce(loads, group=group)
-        for gate, load in zip(gates, loads):
-            gate.load.copy_(load)
-
-
 # --- the layers: a dense FFN and a mixture, in the same three parts ---------------------------------------------------
 
 class FFN(nn.Module):

@@ -13,9 +13,10 @@ import torch
 import torch.distributed as dist
 from conftest import GROUPS, build, lively, random_tokens, tiny
 
+import parallel
 from configs import UserError
 from model import V3, official_tensors, target_totals
-from moe import ExpertRanks, MoE, Sent, spread, sum_loads
+from moe import ExpertRanks, MoE, Sent, spread
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYOUTS = {"1x2": (1, 2), "2x2": (2, 2), "2x4": (2, 4), "4x2": (4, 2)}                           # nodes x ranks of each
@@ -140,7 +141,7 @@ def run_model(ranks, world, dtype, steps=3, **changes):
         loss.backward()
         out["loss"] = max(out["loss"], abs(summed(loss, loss.detach()).item() / want - 1))
         own = [gate.load.clone() for gate in mine.gates()]
-        sum_loads(mine.gates(), dist.group.WORLD)
+        parallel.add([gate.load for gate in mine.gates()], dist.group.WORLD)           # one exchange, of integers
         theirs = official_tensors(whole, {name: p.grad for name, p in whole.named_parameters()})
         grads = {name: p.grad if p.ndim == 3 else summed(p, p.grad) for name, p in mine.named_parameters()}
         ours = official_tensors(mine, grads)

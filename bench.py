@@ -5,11 +5,13 @@
     ablations   MTP, balancing, dense against a mixture, on char: python bench.py ablations --data=FILE
     speculation drafted against plain generation (sample.py --speculate), on held-out text; --out_dir=RUN takes a run
                 that is there, of a context of 256 tokens, in place of training one
+    loads       which experts work: over the steps of a training run, and on library code, tests and documentation
     decode      attention over the latent cache against torch.compile; tokens/s of generation (needs a GPU)
     attention   training attention, norm, RoPE and recomputation on a GPU: python bench.py attention
     fp8_error   what promotion to FP32 saves in a product of FP8 numbers, against its length K
     fp8_loss    char in FP32, BF16 and FP8 (the reference): python bench.py fp8_loss --data=FILE
     fp8         FP8's quantization, products and Linears against torch's, at V3's shapes (needs a Hopper GPU)
+    pipeline    every schedule executed with stages that sleep, against its simulation and torch.distributed.pipelining
     readme      put the results into the README's marked places, and draw its figures (needs matplotlib)
 
 Every section runs the commands that a user would run, each in a process of its own, and records the device, the
@@ -18,12 +20,14 @@ versions, the command and the date beside what came out.
 import datetime
 import json
 import math
+import multiprocessing
 import os
 import platform
 import shutil
 import statistics
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 from collections import Counter
@@ -32,6 +36,8 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+import torch.distributed as dist
+from torch import nn
 
 import backend
 import configs
@@ -317,6 +323,69 @@ def speculation(options):
     record("speculation", "python bench.py speculation", prompts=len(prompts), tokens=tokens,
            config={"dim": v3.config.dim, "n_layers": v3.config.n_layers, "precision": v3.config.precision,
                    "steps": state["step"]}, plain_tokens_per_s=tokens / plain, modes=modes, data=state["data"])
+
+
+# --- loads: which experts work ----------------------------------------------------------------------------------------
+
+def kinds_of_text():
+    """{kind: text}, none of it trained on: of Python's own library the held-out sources, in two halves (what differs
+    between these is chance), the held-out topics of its reference, and its tests, which are not in the corpus."""
+    _, held_out = split(documents("stdlib"))
+    sources = [text for name, text in held_out if not name.startswith("reference/")]
+    tests = sorted(Path(sysconfig.get_path("stdlib"), "test").glob("test_*.py"))
+    out = {"library": sources[::2], "library, other files": sources[1::2],
+           "reference": [text for name, text in held_out if name.startswith("reference/")],
+           "tests": [path.read_text(encoding="utf-8", errors="ignore") for path in tests[::10]]}
+    return {kind: "\n".join(texts) for kind, texts in out.items() if texts}
+
+
+@torch.inference_mode()
+def load_of(v3, tokenizer, text, sequences=64):
+    """Share of the rows of each expert on the beginning of a text: [layers (MTP's last)][experts], 1 = the mean."""
+    T, n_mtp = v3.config.seq_len, v3.config.n_mtp
+    ids = sample.encode(tokenizer, text)[:sequences * (T + n_mtp)]
+    tokens = torch.tensor(ids[:len(ids) // (T + n_mtp) * (T + n_mtp)]).view(-1, T + n_mtp)
+    h, routings = v3.hidden(tokens[:, :T])
+    loads = torch.stack([r.load for r in [*routings, *(r for _, r in v3.draft(h, tokens) if r)]]).double()
+    return (loads / loads.mean(1, keepdim=True)).tolist()
+
+
+def loads(options):
+    """The default job, with half of its steps unless --out_dir names a run made with --log_load=True."""
+    with tempfile.TemporaryDirectory() as folder:
+        out_dir = options.get("out_dir", f"{folder}/run")
+        if "out_dir" not in options:
+            train("configs/tiny.py", "--max_steps=475", "--decay_start=140", "--log_load=True", f"--out_dir={out_dir}")
+        rows, _ = lines(out_dir)
+        v3, tokenizer, _ = sample.load(out_dir, "cpu")
+    if "load" not in rows[0] or not rows[0]["load"]:
+        raise UserError(f"bench.py loads: {out_dir} has no loads in its metrics; train with --log_load=True")
+    rows = rows[::max(1, len(rows) // 120)]
+    steps = torch.tensor([row["load"] for row in rows], dtype=torch.float64)                  # [steps, layers, E]
+    shares = (steps / steps.mean(2, keepdim=True)).mul(1000).round().div(1000)
+    layers = [f"layer {i}" for i in range(v3.config.n_dense_layers, v3.config.n_layers)]
+    layers += [f"MTP {i + 1}" for i in range(steps.shape[1] - len(layers))]
+    record("loads", "python bench.py loads", layers=layers, steps=[row["step"] for row in rows],
+           shares=shares.tolist(), kinds={kind: load_of(v3, tokenizer, text) for kind, text in kinds_of_text().items()})
+
+
+def draw_loads(pyplot):
+    """results/loads.png: both pictures, as shares of the mean load; blue is idle, red is busy."""
+    r = load("loads")
+    layers, steps = len(r["layers"]), torch.tensor(r["shares"])                               # [steps, layers, E]
+    colours = dict(cmap="RdBu_r", vmin=0, vmax=2, aspect="auto", interpolation="nearest")
+    figure, axes = pyplot.subplots(2, layers, figsize=(9, 4.2), squeeze=False, height_ratios=(3, 2),
+                                   layout="constrained")
+    for i, (above, below) in enumerate(axes.T):
+        image = above.imshow(steps[:, i].T, extent=(r["steps"][0], r["steps"][-1], steps.shape[2] - 0.5, -0.5),
+                             **colours)
+        above.set(title=r["layers"][i], xlabel="step", yticks=range(steps.shape[2]))
+        below.imshow([loads[i] for loads in r["kinds"].values()], **colours)
+        below.set(xlabel="expert", xticks=range(steps.shape[2]), yticks=range(len(r["kinds"])),
+                  yticklabels=list(r["kinds"]) if i == 0 else [])
+    axes[0, 0].set_ylabel("expert")
+    figure.colorbar(image, ax=axes, label="load / mean load")
+    figure.savefig(RESULTS / "loads.png", dpi=110)
 
 
 # --- decode: attention over the latent cache --------------------------------------------------------------------------
@@ -688,6 +757,112 @@ def fp8_on_a_gpu(options):
            small=small)
 
 
+# --- pipelines of stages that sleep -----------------------------------------------------------------------------------
+
+class Sleep(torch.autograd.Function):
+    """x, but F takes as long as I, and with a weight as W."""
+
+    @staticmethod
+    def forward(ctx, x, seconds, weight=None):
+        ctx.weight, ctx.seconds = weight, seconds
+        time.sleep(seconds)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, dy):
+        time.sleep(ctx.seconds)
+        wgrad = lambda: time.sleep(ctx.seconds) or torch.zeros_like(ctx.weight)
+        return dy, None, None if ctx.weight is None else fp8.weight_gradient(ctx.weight, wgrad)
+
+
+class Sleeper(nn.Module):
+    """A stage that does nothing for so long. local: with the local loss that DualPipe asks for."""
+
+    def __init__(self, seconds, local=True):
+        super().__init__()
+        self.weight, self.seconds, self.local = nn.Parameter(torch.zeros(1)), seconds, local
+
+    def forward(self, x):
+        y = Sleep.apply(x, self.seconds, self.weight)
+        return (y, None) if self.local else y
+
+    def put_off(self):
+        """torch's name for it is dw_builder: take what a backward has put off -> a function that does it."""
+        later, self.weight.queue = self.weight.queue, []
+        return lambda: [compute() for compute in later]
+
+
+def our_pipeline(kind, ranks, rank, x, microbatches, seconds):
+    _, here = dualpipe.layout(kind, ranks, rank)
+    pipe = dualpipe.DualPipe(kind, [Sleeper(seconds) for _ in here], lambda y, labels: y.sum(), x[:1])
+    return lambda: pipe.step(microbatches, x, x)
+
+
+def torch_pipeline(schedule, ranks, rank, x, microbatches, seconds):
+    from torch.distributed import pipelining
+    single = issubclass(schedule, pipelining.schedules.PipelineScheduleSingle)
+    stages = []
+    for index in [rank] if single else [rank, 2 * ranks - 1 - rank]:
+        sleeper = Sleeper(seconds, local=False)
+        sleeper.weight.queue = []
+        args = x[:1].clone().requires_grad_(index > 0)
+        stages.append(pipelining.PipelineStage(sleeper, index, ranks if single else 2 * ranks, torch.device("cpu"),
+                                               args, x[:1].clone().requires_grad_(), dw_builder=sleeper.put_off))
+    pipe = schedule(stages[0] if single else stages, microbatches, lambda y, labels: y.sum(), scale_grads=False)
+    inputs = [x] if stages[0].is_first else []
+    target = {"target": x} if stages[-1].is_last else {}
+    return lambda: pipe.step(*inputs, **target)
+
+
+def sleep_in_turns(rank, ranks, folder, seconds, attempts):
+    """What one rank does: every schedule on the same model, that of two stages a rank with stages of half the time."""
+    from torch.distributed.pipelining import Schedule1F1B, ScheduleDualPipeV, ScheduleZBVZeroBubble
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store{ranks}", rank=rank, world_size=ranks,
+                            timeout=datetime.timedelta(seconds=60))
+    microbatches, rows = 5 * ranks // 2, []
+    x = torch.zeros(microbatches, 8)
+    for maker, kind in [*((our_pipeline, kind) for kind in dualpipe.KINDS), (torch_pipeline, Schedule1F1B),
+                        (torch_pipeline, ScheduleZBVZeroBubble), (torch_pipeline, ScheduleDualPipeV)]:
+        name = kind if isinstance(kind, str) else kind.__name__
+        share = 0.5 if name == "dualpipev" or name.endswith(("V", "Bubble")) else 1.0
+        step, times = maker(kind, ranks, rank, x, microbatches, share * seconds), []
+        for _ in range(attempts):
+            dist.barrier()
+            began = time.perf_counter()
+            step()
+            took = torch.tensor(time.perf_counter() - began, dtype=torch.float64)
+            dist.all_reduce(took, dist.ReduceOp.MAX)
+            times.append(took.item())
+        row = {"by": maker.__name__.partition("_")[0], "schedule": name, "ranks": ranks, "microbatches": microbatches,
+               "stage_seconds": share * seconds, "measured": times}
+        if kind in dualpipe.KINDS:
+            lists = [dualpipe.schedule(kind, ranks, r, microbatches) for r in range(ranks)]
+            row["simulated"] = dualpipe.simulate(kind, lists)["makespan"] * share * seconds
+        rows.append(row)
+    if rank == 0:
+        Path(folder, f"{ranks}.json").write_text(json.dumps(rows))
+    dist.destroy_process_group()
+
+
+def pipeline(options):
+    """The schedules executed on 4 and 8 gloo processes, F = I = W, against what `simulate` says and against torch's."""
+    rows, seconds, attempts = [], 0.05, int(options.get("repeats", 2))
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    with tempfile.TemporaryDirectory() as folder:
+        for ranks in (4, 8):
+            processes = [context.Process(target=sleep_in_turns, args=(rank, ranks, folder, seconds, attempts))
+                         for rank in range(ranks)]
+            [p.start() for p in processes]
+            [p.join(120) for p in processes]
+            [p.kill() for p in processes if p.is_alive()]
+            rows += json.loads(Path(folder, f"{ranks}.json").read_text())
+    for row in rows:
+        against = f", {min(row['measured']) / row['simulated'] - 1:+.1%} of simulated" if "simulated" in row else ""
+        print(f"{row['by']:6} {row['schedule']:22} {row['ranks']} ranks: {min(row['measured']):.3f} s{against}")
+    record("pipeline", "python bench.py pipeline", rows=rows)
+
+
 # --- the README -------------------------------------------------------------------------------------------------------
 
 def load(section):
@@ -836,11 +1011,13 @@ def readme(options):
     axes.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(RESULTS / "fp8_error.png", dpi=110)
+    if load("loads"):
+        draw_loads(pyplot)
 
 
-SECTIONS = {"tiny": tiny, "char": char, "ablations": ablations, "speculation": speculation,
+SECTIONS = {"tiny": tiny, "char": char, "ablations": ablations, "speculation": speculation, "loads": loads,
             "attention": attention, "decode": decode, "fp8_error": fp8_error, "fp8_loss": fp8_loss,
-            "fp8": fp8_on_a_gpu, "readme": readme}
+            "fp8": fp8_on_a_gpu, "pipeline": pipeline, "readme": readme}
 
 
 def main(argv):

@@ -37,6 +37,7 @@ p2p durations of a forward, a backward, its W part, a pair, and of sending a ten
 """
 import contextlib
 import difflib
+import inspect
 import json
 import math
 import os
@@ -271,6 +272,62 @@ def bubble(kind, ranks, F, B, W, FB):
     return ((ranks if kind == "dualpipev" else ranks // 2) - 1) * (FB + B - 3 * W)
 
 
+# --- a chunk in segments: how a pair hides its communication ----------------------------------------------------------
+#
+# A chunk, one micro-batch in one stage, stops twice in every layer of experts: its tokens travel to the experts' ranks
+# (dispatch), and what the experts made of them travels home (combine). Its backward stops too, in the other order.
+# Alone, a chunk can only wait. But a rank with a forward and a backward to do has two chunks that know nothing of each
+# other: whenever one has sent its tokens off, the other computes. Per layer, as in the report's figure 4:
+#
+#     computes    attention F | experts B, W | experts F  | attention B, W | attention F of the next layer | ...
+#     travels     combine B   | dispatch F   | dispatch B | combine F      | combine B of the layer before | ...
+#
+# In the way stands autograd: a backward is one call, in the midst of which nobody can step aside for another. Hence the
+# cuts. Wherever tokens travel, a graph ends, and the next begins at leaves with the same values. A chunk is then a row
+# of small graphs, attention | experts | attention | experts | ..., and its backward a loop over them, from the last to
+# the first: autograd runs through one, and what has arrived at its leaves, their .grad, is what the one before begins
+# with. Between two there is time to step aside.
+#
+# To stop in the middle and go on later is what Python's generators do. A stage that communicates writes its forward as
+# one, which starts an exchange, yields, and then waits for it; forward and backward of a chunk are generators too, and
+# a pair is two generators that take turns.
+
+class Cut(NamedTuple):
+    """Two lists of the same values, on both sides of a cut."""
+    ends: list                        # places in the graph before; None for what has no gradient
+    leaves: list                      # of the graph after
+
+
+def in_segments(run, cuts):
+    """Run the generator of a stage to its end, and note its cuts. -> what it returns.
+
+    The stage yields everything that it needs later on, and gets back the same with the graph cut off. What it has
+    started before, it waits for after; in backward, what starts when the segment after ends is waited for where the one
+    before begins (moe.Start and moe.Finish are such a couple).
+    """
+    values = None
+    while True:
+        try:
+            before = run.send(values)
+        except StopIteration as end:
+            return end.value
+        yield
+        values = [v.detach().requires_grad_(v.requires_grad) if torch.is_tensor(v) else v for v in before]
+        cuts.append(Cut(ends(before), values))
+
+
+def ends(values):
+    """Their places in the graph, or None. Not the tensors, which are free where no backward reads them."""
+    return [get_gradient_edge(v) if torch.is_tensor(v) and v.requires_grad else None for v in values]
+
+
+def take_turns(runs):
+    """Run generators to their ends: each up to its next yield, and then the next one."""
+    over = object()
+    while runs:
+        runs = [run for run in runs if next(run, over) is not over]
+
+
 # --- the executor -----------------------------------------------------------------------------------------------------
 
 def exchanges(kind, lists):
@@ -323,9 +380,12 @@ class DualPipe:
     A backward is cut into I and W through the parameters: during an I each of them has a list as `queue`, and the
     autograd functions that know of it (fp8.weight_gradient) put their dW there; W runs the list. All other gradients
     are computed in the I.
+
+    A stage that communicates returns a generator (`in_segments`), and the two of a pair take turns; overlap=False: one
+    after the other, for comparison.
     """
 
-    def __init__(self, kind, stages, criterion, like, group=None, shared=()):
+    def __init__(self, kind, stages, criterion, like, group=None, shared=(), overlap=True):
         self.kind, self.stages, self.criterion, self.like = kind, list(stages), criterion, like
         self.group = group or dist.group.WORLD
         self.rank, self.ranks = dist.get_rank(self.group), dist.get_world_size(self.group)
@@ -339,6 +399,7 @@ class DualPipe:
         elsewhere = {id(p) for p in shared} if self.rank else ()
         self.owned = [p for p in trained(self.stages if kind == "dualpipev" else self.stages[:1])
                       if id(p) not in elsewhere]
+        self.overlap = overlap
         self.plans = {}                                          # (micro-batches, training) -> (steps, exchanges)
 
     def step(self, microbatches, inputs=None, labels=None):
@@ -355,7 +416,7 @@ class DualPipe:
         training = torch.is_grad_enabled()
         self.microbatches, self.batch = microbatches, {"inputs": inputs, "labels": labels}
         self.arrived, self.leaving, self.held, self.late = {}, {}, {}, {}
-        self.sending, self.receiving, loss, error = {}, {}, 0.0, None
+        self.sending, self.receiving, self.loss, error = {}, {}, 0.0, None
         steps, plan = self.plan(microbatches, training)
         copies = self.copies if training else []
         earlier = [p.grad for p in copies]
@@ -366,23 +427,16 @@ class DualPipe:
             for part, dir, mb in step.parts:
                 if (key := (GIVES.get(part), dir, mb)) in self.receiving:
                     self.wait(self.receiving.pop(key))
-            for part, dir, mb in step.parts if error is None else ():
+            if error is None:
                 try:
-                    if part == "F":
-                        loss += self.forward(dir, mb, training)
-                    elif part == "W":
-                        with torch.no_grad():
-                            for weight_gradient in self.late.pop((dir, mb)):
-                                weight_gradient()
-                    else:
-                        self.backward(part, dir, mb)
+                    self.run(step)
                 except Exception as e:
                     error = e
         self.exchange(plan[-1])
         reports = [None] * self.ranks
         told = error and f"rank {self.rank}, {type(error).__name__}: {error}"
         with self.reaching("another"):
-            dist.all_gather_object(reports, (told, float(loss)), group=self.group)
+            dist.all_gather_object(reports, (told, float(self.loss)), group=self.group)
         if told := "; ".join(told for told, _ in reports if told):
             raise RuntimeError(told) from error
         for p in copies:
@@ -425,39 +479,71 @@ class DualPipe:
         at = size * (mb + (self.microbatches // 2 if self.kind == "dualpipe" and dir else 0))
         return batch[at:at + size]
 
-    def forward(self, dir, mb, training):
-        """Run a stage, leave its output for the next one and what its backward begins with; returns its loss."""
-        x = self.arrived.pop(("F", dir, mb), None)
+    def run(self, step):
+        """A step of the schedule. The backward of a pair goes first: the gradients that it sends off at once travel
+        while the forward computes its first attention."""
+        kinds = {"F": self.forward, "B": self.backward, "I": self.backward, "W": self.weights}
+        runs = [kinds[part](part, dir, mb) for part, dir, mb in reversed(step.parts)]
+        for together in [runs] if self.overlap else ([run] for run in runs):
+            take_turns(together)
+
+    def forward(self, _, dir, mb):
+        """Run a stage, leave its output for the next one, and keep what its backward begins with."""
+        x, training, cuts = self.arrived.pop(("F", dir, mb), None), torch.is_grad_enabled(), []
         x = self.micro_batch("inputs", dir, mb) if x is None else x.requires_grad_(training)
-        y, loss = self.stages[dir](x)
+        out = self.stages[dir](x)
+        y, loss = (yield from in_segments(out, cuts)) if inspect.isgenerator(out) else out
         if source(self.kind, self.ranks, self.rank, "B", dir) is None:
             last = self.criterion(y, self.micro_batch("labels", dir, mb))
-            loss, roots = last if loss is None else last + loss, []
+            loss, y = last if loss is None else last + loss, None
         else:
             if (y.shape, y.dtype) != (self.like.shape, self.like.dtype):
                 raise UserError(f"a stage returned {y.dtype} {list(y.shape)}, but the pipeline was made for "
                                 f"{self.like.dtype} {list(self.like.shape)}")
             self.give("F", dir, mb, y.detach())
-            # The place in the graph, not the tensor: once sent it is free, unless the stage's own backward reads it.
-            roots = [get_gradient_edge(y)] if training else []
+        self.loss += 0.0 if loss is None else loss.detach()
         if training:
-            self.held[dir, mb] = x, roots + ([] if loss is None else [loss])
-        return 0.0 if loss is None else loss.detach()
+            self.held[dir, mb] = x, ends([y, loss]), None if loss is None else torch.ones_like(loss), cuts
 
     def backward(self, part, dir, mb):
-        x, roots = self.held.pop((dir, mb))
-        dy = self.arrived.pop(("B", dir, mb), None)                              # None: the last stage has its loss
-        put_off = self.parameters if part == "I" else []
-        if part == "I":
-            self.late[dir, mb] = []
+        """From a chunk's last segment to its first. The W's wait in `late`: in an I for their own step, in a B until
+        something travels. (Without cuts nothing does, and each dW is computed in its place.)"""
+        x, roots, one, cuts = self.held.pop((dir, mb))
+        late = deque()
+        queue = late if part == "I" or cuts else None
+        self.differentiate(roots, [self.arrived.pop(("B", dir, mb), None), one], queue)
+        for cut in reversed(cuts):
+            if part == "B":
+                self.work_off(late)
+            yield
+            self.differentiate(cut.ends, [getattr(leaf, "grad", None) for leaf in cut.leaves], queue)
+        self.give("B", dir, mb, x.grad)
+        if part == "B":
+            self.work_off(late)
+        else:
+            self.late[dir, mb] = late
+
+    def weights(self, _, dir, mb):
+        self.work_off(self.late.pop((dir, mb)))
+        yield from ()                                                            # a generator, as the other two
+
+    @torch.no_grad()
+    def work_off(self, late):
+        while late:
+            late.popleft()()
+
+    def differentiate(self, ends, grads, queue):
+        """The backward of a segment from those ends that have a gradient; each dW goes to `queue`, or with None to its
+        place."""
+        pairs = [(end, grad) for end, grad in zip(ends, grads) if end is not None and grad is not None]
+        put_off = self.parameters if queue is not None else []
         for p in put_off:
-            p.queue = self.late[dir, mb]
+            p.queue = queue
         try:
-            torch.autograd.backward(roots, [dy, None][:len(roots)])              # dy for the output, 1 for a loss
+            torch.autograd.backward(*zip(*pairs))
         finally:
             for p in put_off:
                 del p.queue
-        self.give("B", dir, mb, x.grad)
 
     def give(self, part, dir, mb, tensor):
         """Leave a result for the next stage: to be sent, or here at the fold."""

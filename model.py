@@ -24,6 +24,7 @@ import json
 import os
 import shutil
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -110,6 +111,19 @@ class Block(nn.Module):
 
     def combine(self, h, here, rows, sent):
         return h + self.ffn.combine(here, rows, sent)
+
+    def segments(self, x, rope, run):
+        """forward as a generator for a pipeline (dualpipe.in_segments): while tokens travel to and from the experts of
+        other ranks it yields, and what it needs afterwards goes through the yield. run: as V3.run; it recomputes
+        attention, and not the experts, whose tokens would have to travel again."""
+        if not getattr(self.ffn, "ranks", None):
+            return run(self, x, rope)
+        h, x = run(self.attention, x, rope)
+        rows, sent = self.dispatch(x)
+        h, x, balance, *rows = yield h, x, sent.routing.balance, *rows
+        here, rows = self.experts(x, rows, sent)
+        h, here, balance, *rows = yield h, here, balance, *rows
+        return self.combine(h, here, rows, sent), replace(sent.routing, balance=balance)
 
     def forward(self, x, rope, **cache):
         h, x = self.attention(x, rope, **cache)
@@ -315,8 +329,9 @@ class Stage(V3):
     the last the final norm, the head and MTP. Every tensor has the name that it has in V3, and so its initial value and
     its official name.
 
-    The first stage takes tokens int64 [B, > seq_len], the others x [B, T, D]; all return ([B, T, D], their balance loss
-    or None). `criterion` makes the last one's output a loss. Before each optimizer step: `begin`.
+    The first stage takes tokens int64 [B, > seq_len], the others x [B, T, D]; all are generators, to be cut where
+    tokens travel, and return ([B, T, D], their balance loss or None). `criterion` makes the last one's output a loss.
+    Before each optimizer step: `begin`.
     """
 
     def __init__(self, config, layers, first, last, initialize=True):
@@ -354,7 +369,7 @@ class Stage(V3):
     def forward(self, x):
         x, routings = self.embedding(x[:, :self.config.seq_len]) if self.first else x, []
         for block in self.layers.values():
-            x, routing = self.run(block, x, self.rope[:x.shape[1]])
+            x, routing = yield from block.segments(x, self.rope[:x.shape[1]], self.run)
             routings += [routing] if routing else []
         balance = self.balance(self.gates(), routings, self.totals[1]) if routings and self.training else None
         if balance is not None:
@@ -406,7 +421,7 @@ def balanced(config, count):
         (most, squares), cuts = best
         return (max(most, cost), squares + cost ** 2), [*cuts, start]
 
-    best = {0: ((0.0, 0.0), [])}                      # of the first stages, up to a layer: (costs, where each one starts)
+    best = {0: ((0.0, 0.0), [])}              # of the first stages, up to a layer: (costs, where each one starts)
     for s in range(1, count):
         best = {stop: min(with_stage(best[start], start, before[stop] - before[start])
                           for start in best if start < stop) for stop in range(s, n + 1)}
@@ -482,7 +497,9 @@ def official_index(v3):
                 else {"down_proj": slice(None)}
             for piece, rows in pieces.items():
                 if tensor.ndim == 3:                                                           # [E, out, in]
-                    index.update({f"{name}experts.{e}.{piece}.weight": (ours, (e, rows)) for e in range(len(tensor))})
+                    first = v3.get_submodule(ours.rpartition(".")[0]).first
+                    index.update({f"{name}experts.{first + e}.{piece}.weight": (ours, (e, rows))
+                                  for e in range(len(tensor))})
                 else:
                     index[f"{name}{piece}.weight"] = ours, (rows,)
     return index

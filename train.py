@@ -481,6 +481,7 @@ def run(c, device, mesh, newest, command):
             shares.sum_gradients()
             norm = shares.clip(c.grad_clip or math.inf, mesh)
             parallel.add([gate.load for gate in gates], counters)
+            load = {"load": [gate.load.tolist() for gate in gates]} if c.log_load else {}
             sums = {**parts, "max_vio": sum(max_vio(gate.load) for gate in gates), "gates": len(gates)}
             sums = mesh.total({name: float(value) for name, value in sums.items()})
             parts, vio = {name: sums[name] for name in parts}, sums["max_vio"] / max(sums["gates"], 1)
@@ -507,7 +508,7 @@ def run(c, device, mesh, newest, command):
             done, spent = step + 1, time.time() - began
             busy, seen = busy + spent, seen + size * c.seq_len
             log.write(step=done, time=time.time() - log.began, **parts, max_vio=vio, lr=learning_rate(c, step),
-                      grad_norm=norm, tokens_per_s=size * c.seq_len / spent)
+                      grad_norm=norm, tokens_per_s=size * c.seq_len / spent, **load)
             if log.due() or done == c.max_steps or done == start + 1:
                 speed = seen / busy
                 mfu = f"  MFU {speed * a['flops'] / peak / mesh.world:.1%}" if peak else ""

@@ -121,6 +121,7 @@ class Config:
     resume: bool = param(False, "go on from the newest checkpoint in out_dir")
     init_from: str = param("", "a Hugging Face folder: continue pre-training from its weights")
     eval_only: str = param("", "a checkpoint or Hugging Face folder: print its loss and bits per byte and leave")
+    log_load: bool = param(False, "write the load of every expert in each step into metrics.jsonl (of rank 0's layers)")
     profile: bool = param(False, "trace a few steps for the torch profiler's viewers, then leave")
     plan: bool = param(False, "print the plan table and leave")
 
@@ -142,7 +143,7 @@ FIELDS = {f.name: f for f in dataclasses.fields(Config)}
 # What may differ when a run is resumed: where and how it runs, not what it computes.
 MACHINE_FIELDS = {"micro_batch_size", "device", "compile", "recompute", "recompute_mla", "dp", "pp", "pipeline",
                   "ep", "nodes", "zero1", "timeout", "out_dir", "eval_interval", "eval_stride", "save_interval",
-                  "resume", "init_from", "eval_only", "profile", "plan"}
+                  "resume", "init_from", "eval_only", "log_load", "profile", "plan"}
 
 
 # --- from text to a checked Config ------------------------------------------------------------------------------------

@@ -7,19 +7,22 @@ import re
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import build, random_tokens
+from conftest import build, random_tokens, tiny
 from torch import nn
 
 import dualpipe
 import model
+import moe
+from bench import Sleep, Sleeper
 from configs import UserError
 from dualpipe import KINDS, DualPipe, Step, bubble, layout, mirror, picture, schedule, simulate, source, stage
-from fp8 import Linear, weight_gradient
+from fp8 import Linear
 from model import target_totals
 from moe import Gate, GroupedLinear
 
@@ -352,9 +355,14 @@ def run_layers(kind, rank, ranks):
 
     mine = [Layer(i) for i in layout(kind, ranks, rank)[1]]
     pipe = DualPipe(kind, mine, squared, torch.empty(2, D, dtype=torch.float64))
-    put_off, sending, backward, forward = set(), [], pipe.backward, pipe.forward
-    pipe.backward = lambda part, *at: (backward(part, *at), part == "I" and put_off.add(len(pipe.late[at])))
-    pipe.forward = lambda *at: (sending.append(len(pipe.sending)), forward(*at))[1]
+    put_off, sending, run = set(), [], pipe.run
+
+    def watched(step):
+        sending.append(len(pipe.sending))
+        run(step)
+        put_off.update(len(pipe.late[dir, mb]) for part, dir, mb in step.parts if part == "I")
+
+    pipe.run = watched
     ends = rank in (0, ranks - 1)
     loss = pipe.step(M, x if ends else None, labels if ends else None)
     grads = [(p.grad.clone(), q.grad) for ours, i in zip(mine, layout(kind, ranks, rank)[1])
@@ -370,30 +378,6 @@ def run_layers(kind, rank, ranks):
             "accumulated": max(error(p, 2 * theirs) for p, (_, theirs) in zip(twice, grads)),
             "put_off": sorted(put_off), "sending": max(sending), "microbatches": M,
             "left": sum(left) + len(pipe.held) + len(pipe.late) + len(pipe.arrived) + len(pipe.sending)}
-
-
-class Sleep(torch.autograd.Function):
-    """x, but F takes as long as I and as W."""
-
-    @staticmethod
-    def forward(ctx, x, weight, seconds):
-        ctx.weight, ctx.seconds = weight, seconds
-        time.sleep(seconds)
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, dy):
-        time.sleep(ctx.seconds)
-        return dy, weight_gradient(ctx.weight, lambda: time.sleep(ctx.seconds) or torch.zeros_like(ctx.weight)), None
-
-
-class Sleeper(nn.Module):
-    def __init__(self, seconds):
-        super().__init__()
-        self.weight, self.seconds = nn.Parameter(torch.zeros(1)), seconds
-
-    def forward(self, x):
-        return Sleep.apply(x, self.weight, self.seconds), None
 
 
 def run_time(kind, rank, ranks, seconds=0.02, attempts=3):
@@ -412,37 +396,107 @@ def run_time(kind, rank, ranks, seconds=0.02, attempts=3):
     return best
 
 
-def run_v3(kind, rank, ranks, micro_batches=1, **changes):
-    """V3 in stages against V3 in one process, its loss taken of one micro-batch or as many as the pipeline's."""
-    (count, mine), M, T = layout(kind, ranks, rank), 2 * ranks, 9
+def run_v3(kind, rank, ranks, micro_batches=1, ep=1, **changes):
+    """V3 in stages, and its experts on `ep` ranks each, against V3 in one process, its loss taken of one micro-batch or
+    as many as a pipeline's."""
+    pp, T = ranks // ep, 9
+    lines = [dist.new_group(list(range(e, ranks, ep))) for e in range(ep)]
+    spreads = [dist.new_group(list(range(ep * r, ep * (r + 1)))) for r in range(pp)]
+    (count, mine), M, line, spread = layout(kind, pp, rank // ep), 2 * pp, lines[rank % ep], spreads[rank // ep]
     whole = build(**{**dict(n_layers=count, balance_alpha=0.1, init_std=0.1, seq_len=T), **changes})
-    tokens = random_tokens(M, T + 2)
+    tokens = random_tokens(ep * M, T + 2)
     totals, loss, parts = target_totals(tokens, 1), 0.0, {}
     for micro in tokens.chunk(micro_batches):
         share, more = whole.loss(micro, totals=totals, mtp_weight=0.7)
         share.backward()
         loss += share.item()
         parts = {name: parts.get(name, 0.0) + part.item() for name, part in more.items()}
+    whole.eval()
+    valid = torch.rand(tokens.shape, generator=torch.Generator().manual_seed(3)) < 0.7
+    with torch.no_grad():
+        evaluated = whole.loss(tokens, valid, totals)[1]["loss"].item()
 
-    stages = model.stages(whole.config, count, mine, initialize=False)
-    stages = [s.double() for s in stages]
-    pipe = DualPipe(kind, stages, next((s.criterion for s in stages if s.last), None), stages[0].like(1),
-                    shared=model.shared(stages))
+    stages = [s.double() for s in model.stages(whole.config, count, mine, initialize=False)]
     for s in stages:
         s.load_state_dict({name: whole.state_dict()[name] for name in s.state_dict()})
+    moe.spread(nn.ModuleList(stages), moe.ExpertRanks(1, ep, rank % ep, inside=spread))
+    pipe = DualPipe(kind, stages, next((s.criterion for s in stages if s.last), None), stages[0].like(1), line,
+                    shared=model.shared(stages))
+    cuts, run = [], pipe.run
+    pipe.run = lambda step: (run(step), cuts.extend(len(held[-1]) for held in pipe.held.values()))
+    here = tokens[rank % ep * M:][:M]
+    for s in stages:
         s.begin(totals, mtp_weight=0.7)
-    took = pipe.step(M, tokens, tokens)
-    theirs, owned = dict(whole.named_parameters()), {id(p) for p in pipe.owned}
+    took = pipe.step(M, here, here)
+    ours = {name: p for s in stages for name, p in s.named_parameters()}
+    theirs = {name: p.grad for name, p in whole.named_parameters()}
+    experts = len(whole.mtp[0].block.ffn.w13) // ep
+    for name, p in ours.items():
+        if name.endswith(("ffn.w13", "ffn.w2")) and p.ndim == 3:
+            theirs[name] = theirs[name][rank % ep * experts:][:experts]
+        else:
+            dist.all_reduce(p.grad, group=spread)
     gates = dict(whole.named_modules())
     gates = [(gate, gates[name]) for s in pipe.in_order for name, gate in s.named_modules() if isinstance(gate, Gate)]
     if kind == "dualpipe":
         pipe.sum_copies([gate.load for gate, _ in gates])
-    return {"loss": abs(took / loss - 1), "loads": all(torch.equal(gate.load, ref.load) for gate, ref in gates),
-            "parts": [sum(float(s.parts[name]) for s in stages) for name in parts], "whole": list(parts.values()),
-            "grads": max(error(p.grad, theirs[name].grad) for s in stages for name, p in s.named_parameters()),
-            "moved": min(theirs[name].grad.abs().max().item() for s in stages for name, _ in s.named_parameters()),
-            "owned": sorted({name for s in stages for name, p in s.named_parameters() if id(p) in owned}),
-            "names": sorted(theirs)}
+    for gate, _ in gates:
+        dist.all_reduce(gate.load, group=spread)
+    owned, parts_here = {id(p) for p in pipe.owned}, [sum(float(s.parts[name]) for s in stages) for name in parts]
+
+    for s in stages:
+        s.eval()
+        s.begin(totals)
+    labels = torch.where(valid, tokens, ~tokens)[rank % ep * M:][:M]
+    with torch.no_grad():
+        seen = pipe.step(M, here, labels)
+    sums = torch.tensor([took, seen], dtype=torch.float64)
+    dist.all_reduce(sums, group=spread)
+    return {"loss": abs(sums[0].item() / loss - 1), "evaluated": abs(sums[1].item() / evaluated - 1),
+            "loads": all(torch.equal(gate.load, ref.load) for gate, ref in gates), "cuts": sum(cuts),
+            "parts": parts_here, "whole": list(parts.values()),
+            "grads": max(error(p.grad, theirs[name]) for name, p in ours.items()),
+            "moved": min(grad.abs().max().item() for name, grad in theirs.items() if name in ours),
+            "owned": sorted(name for name, p in ours.items() if id(p) in owned), "names": sorted(theirs)}
+
+
+class Far(ThreadPoolExecutor):
+    """What moe.ExpertRanks exchanges by, over a slow network."""
+    seconds = 0.0
+
+    def submit(self, function):
+        return super().submit(lambda: (time.sleep(self.seconds), function())[1])
+
+
+def run_overlap(seconds=0.02):
+    """Seconds that a pair of chunks, of two layers each, takes: with no time for the exchanges; with as much for each
+    of the eight as for each of the eight segments; and the same without taking turns."""
+    c = tiny(n_layers=4, n_dense_layers=0, n_mtp=0, seq_len=9)
+    tokens, ranks, routed = random_tokens(6, 10), moe.ExpertRanks(1, 1, 0), moe.routed
+    ranks.thread = Far(1)
+    stages = model.stages(c, 2, [0, 1])
+    moe.routed = lambda x, *more: routed(Sleep.apply(x, seconds), *more)
+    for block in (block for s in stages for block in s.layers.values()):
+        block.ffn.ranks = ranks
+        block.attention = lambda x, rope, attention=block.attention: attention(Sleep.apply(x, seconds), rope)
+    out = []
+    for delay, overlap in [(0.0, True), (seconds, True), (seconds, False)]:
+        pipe, times, Far.seconds = DualPipe("dualpipev", stages, stages[1].criterion, stages[0].like(1),
+                                            overlap=overlap), [], delay
+        for s in stages:
+            s.begin(target_totals(tokens, 0))
+        run = pipe.run
+
+        def timed(step):
+            began = time.time()
+            run(step)
+            times.extend([time.time() - began] if step.kind == "FB" else [])
+
+        pipe.run = timed
+        pipe.step(6, tokens, tokens)
+        out.append(min(times))                                                    # a busy machine only adds
+    moe.routed = routed
+    return {"seconds": seconds, "free": out[0], "overlapped": out[1], "apart": out[2]}
 
 
 class Broken(Layer):
@@ -493,18 +547,35 @@ def run_death(rank, ranks):
     return {"told": told(pipe.step, 8, x, x), "seconds": time.time() - began}
 
 
+def run_hang(rank, ranks):
+    class Hangs(Layer):
+        def forward(self, x):
+            time.sleep(4)
+            return super().forward(x)
+
+    group, began = dist.new_group(timeout=datetime.timedelta(seconds=1)), time.time()
+    pipe = DualPipe("1f1b", [(Hangs if rank == 1 else Layer)(rank)], squared, torch.empty(2, D, dtype=torch.float64),
+                    group)
+    x = torch.zeros(4, D, dtype=torch.float64)
+    return {"told": told(pipe.step, 2, x, x), "seconds": time.time() - began}
+
+
 def rank_main(rank, ranks, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store{ranks}", rank=rank, world_size=ranks,
                             timeout=datetime.timedelta(seconds=30))
-    out = {f"v3 {kind}": run_v3(kind, rank, ranks) for kind in KINDS}
-    if ranks < 8:
+    out = {f"v3 {kind}": run_v3(kind, rank, ranks) for kind in KINDS if ranks > 1}
+    if ranks == 1:
+        out["overlap"] = run_overlap()
+    if ranks in (2, 4):
         out |= {kind: run_layers(kind, rank, ranks) for kind in KINDS}
         out["mistakes"] = run_mistakes(rank, ranks)
     if ranks == 2:
         out["v3 fp8"] = run_v3("dualpipev", rank, ranks, 2 * ranks, precision="fp8_reference")
+        out["hang"] = run_hang(rank, ranks)
     if ranks == 4:
         out["time"] = {kind: run_time(kind, rank, ranks) for kind in KINDS}
+        out |= {f"v3 {kind} ep": run_v3(kind, rank, ranks, ep=2) for kind in KINDS}
     (folder / f"{ranks}.{rank}.json").write_text(json.dumps(out))
     if ranks == 4:
         out = run_death(rank, ranks)
@@ -516,7 +587,7 @@ def rank_main(rank, ranks, folder):
 if __name__ == "__main__":
     # One process imports torch; on Linux its ranks are forks of it, before it has started any thread.
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    for world in (2, 4, 8):
+    for world in (1, 2, 4, 8):
         processes = [context.Process(target=rank_main, args=(r, world, Path(sys.argv[1]))) for r in range(world)]
         [p.start() for p in processes]
         [p.join() for p in processes]
@@ -531,7 +602,7 @@ def ranks(tmp_path_factory):
     done = subprocess.run([sys.executable, __file__, folder], cwd=ROOT, capture_output=True, text=True, timeout=120,
                           env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
     out = {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
-    assert len(out) == 2 + 4 + 8 + 3, done.stderr
+    assert len(out) == 1 + 2 + 4 + 8 + 3, done.stderr
     return out
 
 
@@ -564,16 +635,27 @@ def test_a_run_takes_as_long_as_the_simulation_says(kind, ranks):
     assert 0.99 < took < 1.3
 
 
-@pytest.mark.parametrize("world, kind", [(world, kind) for world in (2, 4, 8) for kind in KINDS] + [(2, "fp8")])
+@pytest.mark.parametrize("world, kind", [(world, kind) for world in (2, 4, 8) for kind in KINDS] + [(2, "fp8")]
+                         + [(4, f"{kind} ep") for kind in KINDS])
 def test_v3_in_stages_equals_v3(world, kind, ranks):
     results = [ranks[f"{world}.{r}"][f"v3 {kind}"] for r in range(world)]
+    limit = 1e-6 if kind == "fp8" else 1e-12                                   # the losses of BF16 states are float32
     for result in results:
         assert result["grads"] < 1e-12 and result["loads"] and result["moved"] > 0, result
-        assert result["loss"] < (1e-6 if kind == "fp8" else 1e-12), result               # FP8's losses are float32
+        assert max(result["loss"], result["evaluated"]) < limit, result
+    assert any(result["cuts"] for result in results) == kind.endswith("ep")
     parts = [sum(parts) for parts in zip(*(result["parts"] for result in results))]
-    assert parts == pytest.approx(results[0]["whole"], rel=1e-6 if kind == "fp8" else 1e-12) and min(parts) > 0
-    # What is counted once and written once: every parameter, by one rank.
-    assert sorted(name for result in results for name in result["owned"]) == results[0]["names"]
+    assert parts == pytest.approx(results[0]["whole"], rel=limit) and min(parts) > 0
+    # What is counted once and written once: every parameter, by one rank of a pipeline.
+    assert sorted(name for result in results[::2 if kind.endswith("ep") else 1] for name in result["owned"]) \
+        == results[0]["names"]
+
+
+def test_a_pair_hides_the_exchanges_of_one_chunk_behind_the_arithmetic_of_the_other(ranks):
+    took = ranks["1.0"]["overlap"]
+    hidden = [1 - (took[how] - took["free"]) / (8 * took["seconds"]) for how in ("overlapped", "apart")]
+    print(f"hidden: {hidden[0]:.1%} taking turns, {hidden[1]:.1%} one after the other; {took}")
+    assert hidden[0] >= 0.9 and abs(hidden[1]) < 0.1
 
 
 @WORLDS
@@ -593,6 +675,12 @@ def test_a_rank_that_dies_ends_the_others_before_the_timeout(ranks):
     for r in (0, 2, 3):
         result = ranks[f"death.{r}"]
         assert re.match(r"RuntimeError: rank \d: rank .* is gone", result["told"]) and result["seconds"] < 20, result
+
+
+def test_a_rank_that_hangs_ends_the_others_at_the_timeout(ranks):
+    result = ranks["2.0"]["hang"]
+    assert re.match(r"RuntimeError: rank 0: rank 1 is gone or took longer", result["told"])
+    assert 0.9 < result["seconds"] < 3, result
 
 
 def test_a_queue_on_a_weight_takes_its_gradient_and_gives_it_later():

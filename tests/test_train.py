@@ -311,6 +311,15 @@ def test_metrics_have_the_contracts_keys_and_every_step_once(whole):
     assert rows[0]["lr"] == 5e-3 and rows[1]["lr"] == 1e-2
 
 
+def test_the_load_of_every_expert_is_logged_where_that_is_asked_for(tmp_path):
+    go(tmp_path / "out", "--log_load=True", max_steps=2)
+    rows = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    for row in (row for row in rows if "loss" in row):
+        assert [len(load) for load in row["load"]] == [8, 8]                              # one mixture, and that of MTP
+        assert [sum(load) for load in row["load"]] == [2 * 8 * 32] * 2                    # K * sequences * tokens
+        assert row["max_vio"] == pytest.approx(sum(max(load) / 64 - 1 for load in row["load"]) / 2, rel=1e-5)
+
+
 def test_a_small_learning_rate_and_a_small_loss_keep_their_digits_in_the_metrics():
     assert train.number(7.3e-6) == 7.3e-6 and train.number(2.2e-4 / 2000) == pytest.approx(1.1e-7, rel=1e-6)
     assert train.number(123456.75) == 123456.8 and train.number(math.nan) is train.number(-math.inf) is None

@@ -49,6 +49,7 @@ import shutil
 import sys
 import threading
 import time
+import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -223,24 +224,34 @@ def cli(main):
     number = lambda key, default: int(os.environ.get(key, default))
     rank, world = number("RANK", 0), number("WORLD_SIZE", 1)
     mesh = Mesh(rank, world, number("LOCAL_RANK", rank), max(1, world // number("LOCAL_WORLD_SIZE", world)))
+    if world == 1:
+        configs.cli(lambda argv: main(argv, mesh))
     if rank:
         sys.stdout = open(os.devnull, "w")
 
     def together(argv):
+        mesh.store = store()
         try:
-            mesh.store = store() if world > 1 else None
             code = main(argv, mesh)
             if dist.is_initialized():
                 dist.destroy_process_group()
             return code
         except Exception as e:
-            if world == 1 or mesh.store is None:
-                raise
             code, message = failure(mesh, e)
-            if message is None:                                          # somebody else was first, and has told
-                os._exit(code)                                           # not a further wait for lost connections
+            if message is None:                                              # somebody else was first, and has told
+                return code
             raise (UserError if code == 2 else RuntimeError)(message) from e
-    configs.cli(together)
+
+    try:
+        configs.cli(together)
+    except SystemExit as e:
+        code = e.code
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)                                                           # no thread waits for lost connections
 
 
 def store():

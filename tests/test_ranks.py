@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 import configs
 import data
 import model
+import moe
 import parallel
 import sample
 import train
@@ -164,13 +165,17 @@ def whole(world):
 
 LAYOUTS = {
     "1": (1, {}),
-    "dp2": (2, {}),
-    "dp4, every rank updates all": (4, dict(zero1=False)),
+    "dp2, every rank updates all": (2, dict(zero1=False)),
     "dp4": (4, {}),
     "pp2": (2, dict(pp=2)),
     "pp4": (4, dict(pp=4)),
     "pp4, 1F1B": (4, dict(pp=4, pipeline="1f1b")),
     "pp2 x dp2": (4, dict(pp=2)),
+    "ep2": (2, dict(ep=2)),
+    "ep4": (4, dict(ep=4)),
+    "ep4 on two machines": (4, dict(ep=4, nodes=2)),
+    "dp4 x ep2, every rank updates all": (4, dict(ep=2, zero1=False)),
+    "pp2 x ep2": (4, dict(pp=2, ep=2)),
     "pp2 x dp2, DualPipeV, every rank updates all": (4, dict(pp=2, pipeline="dualpipev", zero1=False)),
 }
 
@@ -195,8 +200,10 @@ def test_every_layout_trains_the_model_that_one_process_trains(layout, whole, ra
     same(ran(layout), whole)
 
 
-@pytest.mark.parametrize("before, after", [("1", "dp2"), ("dp4", "1"), ("dp4", "pp2"), ("pp4", "dp2"),
-                                           ("pp2 x dp2", "dp4, every rank updates all"), ("pp4, 1F1B", "pp2 x dp2")])
+@pytest.mark.parametrize("before, after", [("1", "dp4"), ("dp4", "1"), ("dp4", "pp2"), ("pp4", "ep2"),
+                                           ("pp2 x dp2", "dp4 x ep2, every rank updates all"),
+                                           ("pp4, 1F1B", "pp2 x dp2"),
+                                           ("ep4", "pp2 x ep2"), ("pp2 x ep2", "1")])
 def test_what_one_layout_has_saved_another_continues(before, after, whole, ran, tmp_path):
     run = shutil.copytree(ran(before), tmp_path / "run")
     shutil.rmtree(run / "step_00000020")
@@ -250,6 +257,13 @@ def short(world):
     """An uninterrupted run of two ranks."""
     go(2, world / "short", **SHORT)
     return world / "short"
+
+
+@pytest.fixture(scope="module")
+def short_ep(world):
+    """The same with the experts spread."""
+    go(2, world / "short_ep", ep=2, **SHORT)
+    return world / "short_ep"
 
 
 def same_bits(out_dir, other):
@@ -315,21 +329,25 @@ def test_sigterm_on_one_rank_saves_once_and_all_leave(short, tmp_path):
     same_bits(tmp_path / "run", short)
 
 
-@pytest.mark.parametrize("when", ["compute", "save"])
-def test_after_a_rank_is_killed_the_job_ends_and_resumes_to_the_same_bits(when, short, tmp_path):
-    die = lambda: os.kill(os.getpid(), signal.SIGKILL)
+@pytest.mark.parametrize("when", ["compute", "all-to-all", "save"])
+def test_after_a_rank_is_killed_the_job_ends_and_resumes_to_the_same_bits(when, short_ep, tmp_path):
+    die, calls = lambda: os.kill(os.getpid(), signal.SIGKILL), []
 
     def while_saving(rank):
         save = parallel.save_file
         parallel.save_file = lambda tensors, path: die() if rank and "step_00000004" in str(path) else \
             save(tensors, path)
-    fault = at(4, 1, die) if when == "compute" else while_saving
-    codes, said = finish(*start(2, tmp_path / "run", fault=fault, **{**SHORT, "timeout": 4}))
+
+    def while_sending(rank):
+        exchange = moe.Hop.exchange
+        moe.Hop.exchange = lambda *args: (calls.append(1), rank and len(calls) == 300 and die(), exchange(*args))[-1]
+    fault = {"compute": at(4, 1, die), "all-to-all": while_sending, "save": while_saving}[when]
+    codes, said = finish(*start(2, tmp_path / "run", fault=fault, ep=2, **{**SHORT, "timeout": 4}))
     assert codes == [1, -9] and ("no answer from rank 1" in said or "has not written" in said), said
     whole = [folder.name for folder in parallel.checkpoints(tmp_path / "run")]
     assert whole in (["step_00000002", "step_00000004"], ["step_00000002"])
-    go(2, tmp_path / "run", "--resume", **SHORT)
-    same_bits(tmp_path / "run", short)
+    go(2, tmp_path / "run", "--resume", ep=2, **SHORT)
+    same_bits(tmp_path / "run", short_ep)
 
 
 def test_a_shard_that_is_cut_short_is_refused_by_name_and_the_checkpoint_before_it_is_taken(short, tmp_path):

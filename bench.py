@@ -5,6 +5,7 @@
     ablations   MTP, balancing, dense against a mixture, on char: python bench.py ablations --data=FILE
     speculation drafted against plain generation (sample.py --speculate), on held-out text; --out_dir=RUN takes a run
                 that is there, of a context of 256 tokens, in place of training one
+    loads       which experts work: over the steps of a training run, and on library code, tests and documentation
     decode      attention over the latent cache against torch.compile; tokens/s of generation (needs a GPU)
     attention   training attention, norm, RoPE and recomputation on a GPU: python bench.py attention
     fp8_error   what promotion to FP32 saves in a product of FP8 numbers, against its length K
@@ -27,6 +28,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 from collections import Counter
@@ -324,6 +326,69 @@ def speculation(options):
     record("speculation", "python bench.py speculation", prompts=len(prompts), tokens=tokens,
            config={"dim": v3.config.dim, "n_layers": v3.config.n_layers, "precision": v3.config.precision,
                    "steps": state["step"]}, plain_tokens_per_s=tokens / plain, modes=modes, data=state["data"])
+
+
+# --- loads: which experts work ----------------------------------------------------------------------------------------
+
+def kinds_of_text():
+    """{kind: text}, none of it trained on: of Python's own library the held-out sources, in two halves (what differs
+    between these is chance), the held-out topics of its reference, and its tests, which are not in the corpus."""
+    _, held_out = split(documents("stdlib"))
+    sources = [text for name, text in held_out if not name.startswith("reference/")]
+    tests = sorted(Path(sysconfig.get_path("stdlib"), "test").glob("test_*.py"))
+    out = {"library": sources[::2], "library, other files": sources[1::2],
+           "reference": [text for name, text in held_out if name.startswith("reference/")],
+           "tests": [path.read_text(encoding="utf-8", errors="ignore") for path in tests[::10]]}
+    return {kind: "\n".join(texts) for kind, texts in out.items() if texts}
+
+
+@torch.inference_mode()
+def load_of(v3, tokenizer, text, sequences=64):
+    """Share of the rows of each expert on the beginning of a text: [layers (MTP's last)][experts], 1 = the mean."""
+    T, n_mtp = v3.config.seq_len, v3.config.n_mtp
+    ids = sample.encode(tokenizer, text)[:sequences * (T + n_mtp)]
+    tokens = torch.tensor(ids[:len(ids) // (T + n_mtp) * (T + n_mtp)]).view(-1, T + n_mtp)
+    h, routings = v3.hidden(tokens[:, :T])
+    loads = torch.stack([r.load for r in [*routings, *(r for _, r in v3.draft(h, tokens) if r)]]).double()
+    return (loads / loads.mean(1, keepdim=True)).tolist()
+
+
+def loads(options):
+    """The default job, with half of its steps unless --out_dir names a run made with --log_load=True."""
+    with tempfile.TemporaryDirectory() as folder:
+        out_dir = options.get("out_dir", f"{folder}/run")
+        if "out_dir" not in options:
+            train("configs/tiny.py", "--max_steps=475", "--decay_start=140", "--log_load=True", f"--out_dir={out_dir}")
+        rows, _ = lines(out_dir)
+        v3, tokenizer, _ = sample.load(out_dir, "cpu")
+    if "load" not in rows[0] or not rows[0]["load"]:
+        raise UserError(f"bench.py loads: {out_dir} has no loads in its metrics; train with --log_load=True")
+    rows = rows[::max(1, len(rows) // 120)]
+    steps = torch.tensor([row["load"] for row in rows], dtype=torch.float64)                  # [steps, layers, E]
+    shares = (steps / steps.mean(2, keepdim=True)).mul(1000).round().div(1000)
+    layers = [f"layer {i}" for i in range(v3.config.n_dense_layers, v3.config.n_layers)]
+    layers += [f"MTP {i + 1}" for i in range(steps.shape[1] - len(layers))]
+    record("loads", "python bench.py loads", layers=layers, steps=[row["step"] for row in rows],
+           shares=shares.tolist(), kinds={kind: load_of(v3, tokenizer, text) for kind, text in kinds_of_text().items()})
+
+
+def draw_loads(pyplot):
+    """results/loads.png: both pictures, as shares of the mean load; blue is idle, red is busy."""
+    r = load("loads")
+    layers, steps = len(r["layers"]), torch.tensor(r["shares"])                               # [steps, layers, E]
+    colours = dict(cmap="RdBu_r", vmin=0, vmax=2, aspect="auto", interpolation="nearest")
+    figure, axes = pyplot.subplots(2, layers, figsize=(9, 4.2), squeeze=False, height_ratios=(3, 2),
+                                   layout="constrained")
+    for i, (above, below) in enumerate(axes.T):
+        image = above.imshow(steps[:, i].T, extent=(r["steps"][0], r["steps"][-1], steps.shape[2] - 0.5, -0.5),
+                             **colours)
+        above.set(title=r["layers"][i], xlabel="step", yticks=range(steps.shape[2]))
+        below.imshow([loads[i] for loads in r["kinds"].values()], **colours)
+        below.set(xlabel="expert", xticks=range(steps.shape[2]), yticks=range(len(r["kinds"])),
+                  yticklabels=list(r["kinds"]) if i == 0 else [])
+    axes[0, 0].set_ylabel("expert")
+    figure.colorbar(image, ax=axes, label="load / mean load")
+    figure.savefig(RESULTS / "loads.png", dpi=110)
 
 
 # --- decode: attention over the latent cache --------------------------------------------------------------------------
@@ -1078,9 +1143,11 @@ def readme(options):
     axes.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(RESULTS / "fp8_error.png", dpi=110)
+    if load("loads"):
+        draw_loads(pyplot)
 
 
-SECTIONS = {"tiny": tiny, "char": char, "ablations": ablations, "speculation": speculation,
+SECTIONS = {"tiny": tiny, "char": char, "ablations": ablations, "speculation": speculation, "loads": loads,
             "attention": attention, "decode": decode, "fp8_error": fp8_error, "fp8_loss": fp8_loss,
             "fp8": fp8_on_a_gpu, "pipeline": pipeline, "overlap": overlap, "readme": readme}
 

@@ -547,7 +547,7 @@ class ExpertRanks:
     between: dist.ProcessGroup | None = None  # the ranks with its local index, one of each node; None: one node
     inside: dist.ProcessGroup | None = None   # the ranks of its node; None: one rank a node
     fp8: bool = False                         # dispatch in E4M3, scales powers of two (3.3.3); combine, gradients not
-    sent: dict = field(default_factory=lambda: {"between": 0, "inside": 0})    # bytes, to others than oneself
+    bytes_sent: dict = field(default_factory=lambda: {"between": 0, "inside": 0})             # to others than oneself
 
     def __post_init__(self):
         # Exchanges run on a thread (and a GPU's stream) of their own, one after the other in the order in which they
@@ -561,10 +561,20 @@ def tell(group, counts):
     """Row p of counts to rank p of a group -> what they tell this one, of the same shape."""
     if group is None:
         return counts
-    counts = counts.contiguous()
-    out = torch.empty_like(counts)
-    dist.all_to_all_single(out, counts, group=group)
+    out = counts.new_empty(counts.shape)       # dense, whatever the strides of counts
+    dist.all_to_all_single(out, counts.contiguous(), group=group)
     return out
+
+
+def pack(x):
+    """x [N, D] -> its values in E4M3 and, of each 1x128 tile's scale 2^e, the 8 bits of e (UE8M0): uint8."""
+    q = quantize(x, pow2=True)
+    return q.values.view(torch.uint8), (bits(q.scale) >> 23).to(torch.uint8)
+
+
+def unpack(values, exponents, dtype):
+    scale = (exponents.to(torch.int32) << 23).view(torch.float32)
+    return Quantized(values.view(torch.float8_e4m3fn), scale).dequantize().to(dtype)
 
 
 def visits(owner, n):
@@ -575,16 +585,17 @@ def visits(owner, n):
 
 class Hop:
     """Copies of rows to the ranks of one group, and their sums back: row n goes to each rank that to [n, ranks] names.
-    send, receive: how many rows go to each rank and how many come from it; sent[name] counts the bytes."""
+    send, receive: how many rows go to each rank and how many come from it."""
 
-    def __init__(self, group, to, send, receive, sent, name):
-        self.group, self.n, self.send, self.receive, self.sent, self.name = group, len(to), send, receive, sent, name
+    def __init__(self, ranks, name, to, send, receive):
+        self.ranks, self.name, self.n, self.send, self.receive = ranks, name, len(to), send, receive
         self.order = torch.nonzero_static(to.t(), size=sum(send))[:, 1]                       # sorted by rank
 
     def exchange(self, t, send, receive):
-        out = t.new_empty(sum(receive), *t.shape[1:])
-        self.sent[self.name] += (sum(send) - send[dist.get_rank(self.group)]) * t.shape[1:].numel() * t.element_size()
-        dist.all_to_all_single(out, t.contiguous(), receive, send, group=self.group)
+        group, out = getattr(self.ranks, self.name), t.new_empty(sum(receive), *t.shape[1:])
+        others = sum(send) - send[dist.get_rank(group)]
+        self.ranks.bytes_sent[self.name] += others * t.shape[1:].numel() * t.element_size()
+        dist.all_to_all_single(out, t.contiguous(), receive, send, group=group)
         return out
 
     def there(self, *tensors):
@@ -615,41 +626,36 @@ class Sent:
 
     def dispatch(self, x, weights):
         """This rank's tokens [N, D] and their gate weights [N, K] -> those [n, D], [n, K] that its experts work for."""
-        ranks, indices = self.ranks, self.indices
-        nodes, locals, node = ranks.nodes, ranks.locals, ranks.rank // ranks.locals
+        ranks, nodes, locals = self.ranks, self.ranks.nodes, self.ranks.locals
         each = self.routing.n_experts // (nodes * locals)
-        to = visits(indices // each, nodes * locals).unflatten(1, (nodes, locals))
-        to_node = to.any(2)
-        # For each node: how many tokens go there, how many of them to each of its ranks, for how many (token, expert)
-        # pairs. So a rank knows before they arrive how many it hands on, and one wait for the GPU is enough.
-        pairs = count(indices // each, nodes * locals).view(nodes, locals)
-        leaving = torch.cat([to_node.sum(0)[:, None], to.sum(0), pairs], 1)                   # [nodes, 1 + 2 locals]
-        arriving = tell(ranks.between, leaving)
-        onward = arriving[:, 1:].sum(0).view(2, locals).t()                                   # [locals, 2]
-        coming = tell(ranks.inside, onward)
-        sizes = torch.cat([leaving[:, 0], arriving[:, 0], onward[:, 0], coming[:, 0], coming[:, 1:].sum(0)]).cpu()
-        leave, arrive, on, come, (self.rows,) = (t.tolist() for t in sizes.split([nodes, nodes, locals, locals, 1]))
-
-        if ranks.fp8:
-            q, dtype = quantize(x, pow2=True), x.dtype
-            x = q.values.view(torch.uint8), (bits(q.scale) >> 23).to(torch.uint8)             # of 2^e only e: UE8M0
-        else:
-            x = (x,)
-        message, self.hops = (*x, weights, indices.to(torch.int32)), []
+        owner = self.indices // each                                                          # [N, K]: a rank
+        to = visits(owner, nodes * locals).unflatten(1, (nodes, locals))
+        leave, arrive, on, come, (self.rows,) = self.sizes(to, count(owner, nodes * locals))
+        message, self.hops = (*(pack(x) if ranks.fp8 else (x,)), weights, self.indices.to(torch.int32)), []
         if ranks.between:
-            self.hops = [Hop(ranks.between, to_node, leave, arrive, ranks.sent, "between")]
-            message = self.hops[0].there(*message)
-        if ranks.inside:
-            to = visits(message[-1] // each - node * locals, locals)
-            self.hops.append(Hop(ranks.inside, to, on, come, ranks.sent, "inside"))
+            self.hops.append(Hop(ranks, "between", to.any(2), leave, arrive))
             message = self.hops[-1].there(*message)
-        *x, weights, indices = message
+        if ranks.inside:
+            to = visits(message[-1] // each - ranks.rank // locals * locals, locals)
+            self.hops.append(Hop(ranks, "inside", to, on, come))
+            message = self.hops[-1].there(*message)
+        *tokens, weights, indices = message
         indices = indices.to(torch.int64) - ranks.rank * each
         self.indices = indices.masked_fill((indices < 0) | (indices >= each), -1)
-        if ranks.fp8:
-            scale = (x[1].to(torch.int32) << 23).view(torch.float32)
-            x = [Quantized(x[0].view(torch.float8_e4m3fn), scale).dequantize().to(dtype)]
-        return *x, weights
+        return unpack(*tokens, x.dtype) if ranks.fp8 else tokens[0], weights
+
+    def sizes(self, to, pairs):
+        """to [N, nodes, locals], the ranks of each token; pairs [ranks], the (token, expert) pairs of each rank -> how
+        many rows leave for each node, how many arrive from it, how many go on to each rank of this node, how many come
+        from it, and with how many pairs: lists. One wait for the GPU: a rank is told beforehand what it will hand on.
+        """
+        ranks, (nodes, locals) = self.ranks, to.shape[1:]
+        leaving = torch.cat([to.any(2).sum(0)[:, None], to.sum(0), pairs.view(nodes, locals)], 1)
+        arriving = tell(ranks.between, leaving)                                               # [nodes, 1 + 2 locals]
+        onward = arriving[:, 1:].sum(0).view(2, locals).t()                                   # [locals, 2]
+        coming = tell(ranks.inside, onward)
+        sizes = torch.cat([leaving[:, 0], arriving[:, 0], onward[:, 0], coming[:, 0], coming[:, 1:].sum(0)])
+        return [part.tolist() for part in sizes.cpu().split([nodes, nodes, locals, locals, 1])]
 
     def there(self, *tensors):
         for hop in self.hops:
@@ -740,16 +746,6 @@ def spread(model, ranks):
             for name in ("w13", "w2"):
                 weight = getattr(moe, name).detach()
                 setattr(moe, name, nn.Parameter(weight[moe.first:moe.first + E // ep].clone()))
-
-
-def sum_loads(gates, group=None):
-    """Add up, in place, what the gates of all the ranks of a process group have counted: one all-reduce of integers for
-    all layers together. None: there is one rank."""
-    if group is not None and gates:
-        loads = torch.stack([gate.load for gate in gates])                                    # int64 [layers, E]
-        dist.all_reduce(loads, group=group)
-        for gate, load in zip(gates, loads):
-            gate.load.copy_(load)
 
 
 # --- the layers: a dense FFN and a mixture, in the same three parts ---------------------------------------------------

@@ -13,9 +13,10 @@ import torch
 import torch.distributed as dist
 from conftest import GROUPS, build, lively, random_tokens, tiny
 
+import parallel
 from configs import UserError
 from model import V3, official_tensors, target_totals
-from moe import ExpertRanks, MoE, Sent, spread, sum_loads
+from moe import ExpertRanks, MoE, Sent, spread
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYOUTS = {"1x2": (1, 2), "2x2": (2, 2), "2x4": (2, 4), "4x2": (4, 2)}                           # nodes x ranks of each
@@ -140,7 +141,7 @@ def run_model(ranks, world, dtype, steps=3, **changes):
         loss.backward()
         out["loss"] = max(out["loss"], abs(summed(loss, loss.detach()).item() / want - 1))
         own = [gate.load.clone() for gate in mine.gates()]
-        sum_loads(mine.gates(), dist.group.WORLD)
+        parallel.add([gate.load for gate in mine.gates()], dist.group.WORLD)           # one exchange, of integers
         theirs = official_tensors(whole, {name: p.grad for name, p in whole.named_parameters()})
         grads = {name: p.grad if p.ndim == 3 else summed(p, p.grad) for name, p in mine.named_parameters()}
         ours = official_tensors(mine, grads)
@@ -168,7 +169,7 @@ def run_bytes(ranks, world):
     x = torch.randn(1, 50, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(ranks.rank))
     rows, sent = moe.dispatch(x)
     tokens, _ = sent.finish(Sent.back, rows)
-    there = dict(ranks.sent)
+    there = dict(ranks.bytes_sent)
     sent.finish(Sent.there, sent.start(Sent.back, tokens))
     node, local, out = ranks.rank // ranks.locals, ranks.rank % ranks.locals, dict(nodes=0, inside=0, pairs=0, most=0)
     for chosen in sent.routing.indices.tolist():
@@ -179,8 +180,8 @@ def run_bytes(ranks, world):
         out["pairs"] += sum(e // (16 // ranks.nodes) != node for e in chosen)
         out["most"] = max(out["most"], len(nodes))
     out |= {"sent between": there["between"], "sent inside": there["inside"],
-            "back between": ranks.sent["between"] - there["between"],
-            "back inside": ranks.sent["inside"] - there["inside"]}
+            "back between": ranks.bytes_sent["between"] - there["between"],
+            "back inside": ranks.bytes_sent["inside"] - there["inside"]}
     every = [None] * world
     dist.all_gather_object(every, out)
     return {key: (max if key == "most" else sum)(o[key] for o in every) for key in out}
@@ -201,7 +202,7 @@ def run_fp8(nodes, locals, rank, between, inside):
         own = x.clone().requires_grad_()
         rows, there = moe.dispatch(own)
         tokens, weights = there.finish(Sent.back, rows)
-        sent.append(sum(ranks.sent.values()))
+        sent.append(sum(ranks.bytes_sent.values()))
         # Its backward is that of BF16: the gradient doesn't know of the rounding.
         torch.autograd.backward([tokens, weights], [torch.ones_like(tokens), torch.zeros_like(weights)])
         arrived.append(tokens.detach().float())

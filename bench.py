@@ -12,6 +12,7 @@
     fp8_loss    char in FP32, BF16 and FP8 (the reference): python bench.py fp8_loss --data=FILE
     fp8         FP8's quantization, products and Linears against torch's, at V3's shapes (needs a Hopper GPU)
     pipeline    every schedule executed with stages that sleep, against its simulation and torch.distributed.pipelining
+    overlap     what a pair of DualPipe's chunks hides on one GPU: V3's blocks, copies in place of the network
     readme      put the results into the README's marked places, and draw its figures (needs matplotlib)
 
 Every section runs the commands that a user would run, each in a process of its own, and records the device, the
@@ -44,6 +45,8 @@ import configs
 import dualpipe
 import fp8
 import mla
+import model
+import moe
 import sample
 from backend import has_triton, use_graph
 from configs import UserError
@@ -863,6 +866,135 @@ def pipeline(options):
     record("pipeline", "python bench.py pipeline", rows=rows)
 
 
+# --- a pair of chunks on one GPU --------------------------------------------------------------------------------------
+
+class Detour(moe.Sent):
+    """Tokens that travel to pinned memory of the host and back, some times, in place of other ranks: the GPU's copy
+    engines carry them, and so its processors are as free as they are while a network card works."""
+    times, host = 0, {}
+
+    def travel(self, *tensors):
+        for i, t in enumerate(tensors):
+            key = i, t.shape, t.dtype
+            if key not in self.host:
+                self.host[key] = torch.empty(t.shape, dtype=t.dtype, pin_memory=t.is_cuda)
+            for _ in range(self.times):
+                self.host[key].copy_(t, non_blocking=True)
+                t = torch.empty_like(t).copy_(self.host[key], non_blocking=True)
+        return tensors
+
+    def dispatch(self, *tensors):
+        return self.travel(*tensors)
+
+    there = back = dispatch
+
+
+def intervals(trace):
+    """A chrome trace -> [{"stream", "what", "start", "end"} of each kernel and copy] in ms from the first."""
+    events = [e for e in json.loads(Path(trace).read_text())["traceEvents"] if e.get("cat") in ("kernel", "gpu_memcpy")]
+    began = min(e["ts"] for e in events)
+    return [{"stream": e["args"]["stream"], "what": e["cat"], "start": (e["ts"] - began) / 1e3,
+             "end": (e["ts"] - began + e["dur"]) / 1e3} for e in sorted(events, key=lambda e: e["ts"])]
+
+
+def covered(spans, by):
+    """How much of some [(start, end)] others lie over."""
+    total, ends = 0.0, -math.inf
+    for start, end in sorted(by):                                              # joined, so that nothing counts twice
+        start, ends = max(start, ends), max(end, ends)
+        total += sum(max(0.0, min(end, e) - max(start, s)) for s, e in spans)
+    return total
+
+
+def pair(c, device, attempts=5):
+    """Times of a pair of chunks of two blocks each, in ms, its exchanges taking no time, as long as the arithmetic in
+    turns with it, and as long one after the other; and the timeline of the second."""
+    tokens, ranks = torch.randint(c.vocab_size, (6, c.seq_len + 1), device=device), moe.ExpertRanks(1, 1, 0)
+    with device:
+        stages = model.stages(c, 2, [0, 1])
+    for block in (block for s in stages for block in s.layers.values()):
+        block.ffn.ranks = ranks
+    sync = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    out, trace = {}, None
+    for name in ("without", "in turns", "one after the other"):
+        if name == "in turns":                                                 # eight exchanges in a pair
+            x = torch.empty(c.seq_len, c.dim, dtype=stages[0].like(1).dtype, device=device)
+            Detour.times = 4
+            Detour.travel(Detour, x)
+            sync()
+            began = time.perf_counter()
+            Detour.travel(Detour, x)
+            sync()
+            Detour.times = max(1, round(out["without"] / 8 / ((time.perf_counter() - began) * 1e3 / 4)))
+        pipe, times = dualpipe.DualPipe("dualpipev", stages, stages[1].criterion, stages[0].like(1),
+                                        overlap=name != "one after the other"), []
+        run = pipe.run
+
+        def timed(step, run=run, times=times):
+            sync()
+            began = time.perf_counter()
+            run(step)
+            sync()
+            times.extend([(time.perf_counter() - began) * 1e3] if step.kind == "FB" else [])
+
+        def traced(step, run=run):
+            nonlocal trace
+            if step.kind != "FB" or trace:
+                return run(step)
+            with torch.profiler.profile() as profiler:
+                run(step)
+                sync()
+            with tempfile.TemporaryDirectory() as folder:
+                profiler.export_chrome_trace(f"{folder}/trace.json")
+                trace = intervals(f"{folder}/trace.json")
+
+        for attempt in range(2):                                               # the first warms up
+            pipe.run = timed if attempt else run
+            for s in stages:
+                s.begin(([len(tokens) * c.seq_len], len(tokens)))
+                s.zero_grad()
+            pipe.step(len(tokens), tokens, tokens)
+        out[name] = statistics.median(times)
+        if name == "in turns" and device.type == "cuda":
+            pipe.run = traced
+            pipe.step(len(tokens), tokens, tokens)
+    return out, trace
+
+
+def overlap(options):
+    if not torch.cuda.is_available():
+        raise UserError("bench.py overlap: needs a CUDA GPU; tests/test_dualpipe.py measures the same on a CPU")
+    c = configs.load(["configs/v3_671b.py"]).replace(
+        n_layers=4, n_dense_layers=0, n_routed_experts=16, n_expert_groups=1, n_limited_groups=1, n_mtp=0,
+        vocab_size=1024, recompute=False, seq_len=4096)
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(moe, "Sent", Detour):
+        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
+        times, trace = pair(c, torch.device("cuda"))
+        dist.destroy_process_group()
+    main = Counter(e["stream"] for e in trace if e["what"] == "kernel").most_common(1)[0][0]
+    copies = [(e["start"], e["end"]) for e in trace if e["what"] == "gpu_memcpy" and e["stream"] != main]
+    kernels = [(e["start"], e["end"]) for e in trace if e["what"] == "kernel" and e["stream"] == main]
+    travel = times["one after the other"] - times["without"]
+    numbers = {"ms": times, "travel_ms": sum(end - start for start, end in copies), "kernels_ms": covered(
+        kernels, kernels), "under_kernels_ms": covered(copies, kernels), "hidden": 1 - (
+        times["in turns"] - times["without"]) / travel, "detours": Detour.times}
+    print(json.dumps(numbers, indent=1))
+    join = lambda spans: [[round(t, 3) for t in span] for span in spans]
+    record("overlap", "python bench.py overlap", **numbers, shape="V3's layer with 16 experts, 4096 tokens",
+           timeline={"kernels": join(joined(kernels)), "copies": join(joined(copies))})
+
+
+def joined(spans, gap=0.02):
+    """Sorted spans, those with less than a gap between them made one."""
+    out = []
+    for start, end in sorted(spans):
+        if out and start - out[-1][1] < gap:
+            out[-1][1] = max(out[-1][1], end)
+        else:
+            out.append([start, end])
+    return out
+
+
 # --- the README -------------------------------------------------------------------------------------------------------
 
 def load(section):
@@ -1017,7 +1149,7 @@ def readme(options):
 
 SECTIONS = {"tiny": tiny, "char": char, "ablations": ablations, "speculation": speculation, "loads": loads,
             "attention": attention, "decode": decode, "fp8_error": fp8_error, "fp8_loss": fp8_loss,
-            "fp8": fp8_on_a_gpu, "pipeline": pipeline, "readme": readme}
+            "fp8": fp8_on_a_gpu, "pipeline": pipeline, "overlap": overlap, "readme": readme}
 
 
 def main(argv):

@@ -49,6 +49,7 @@ import shutil
 import sys
 import threading
 import time
+import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -165,16 +166,13 @@ class Mesh:
         self.between = group(neighbours[self.ep_rank % here::here])
 
     def same(self, what, values):
-        """UserError on a rank whose dict of JSON-able `values` is not that of rank 0."""
-        if self.world == 1:
-            return
-        if self.rank == 0:
-            self.store.set(what, json.dumps(values))
-        first = json.loads(self.store.get(what))
-        for key, value in json.loads(json.dumps(values)).items():
-            if value != first.get(key):
-                raise UserError(f"{what}: {key} is {value!r} here and {first.get(key)!r} on rank 0; every rank must "
-                                f"have the same")
+        """UserError on every rank where a rank's dict of `values` is not that of rank 0."""
+        first, *others = self.gather(values)
+        for rank, other in enumerate(others, 1):
+            for key, value in first.items():
+                if other.get(key) != value:
+                    raise UserError(f"{what}: {key} is {value!r} on rank 0 and {other.get(key)!r} on rank {rank}; it "
+                                    f"must be the same on all")
 
     def one_first(self, make):
         """make(), on one rank of a machine before the others, which then find what it has left on the disk."""
@@ -226,30 +224,41 @@ def cli(main):
     number = lambda key, default: int(os.environ.get(key, default))
     rank, world = number("RANK", 0), number("WORLD_SIZE", 1)
     mesh = Mesh(rank, world, number("LOCAL_RANK", rank), max(1, world // number("LOCAL_WORLD_SIZE", world)))
+    if world == 1:
+        configs.cli(lambda argv: main(argv, mesh))
     if rank:
         sys.stdout = open(os.devnull, "w")
 
     def together(argv):
+        mesh.store = store()
         try:
-            mesh.store = store() if world > 1 else None
             code = main(argv, mesh)
             if dist.is_initialized():
                 dist.destroy_process_group()
             return code
         except Exception as e:
-            if world == 1 or mesh.store is None:
-                raise
             code, message = failure(mesh, e)
-            if message is None:                                          # somebody else was first, and has told
-                os._exit(code)                                           # not a further wait for lost connections
+            if message is None:                                              # somebody else was first, and has told
+                return code
             raise (UserError if code == 2 else RuntimeError)(message) from e
-    configs.cli(together)
+
+    try:
+        configs.cli(together)
+    except SystemExit as e:
+        code = e.code
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)                                                           # no thread waits for lost connections
 
 
 def store():
     """torch's TCPStore, where torchrun has put it; without torchrun, rank 0 opens it at MASTER_ADDR:MASTER_PORT."""
     try:
-        return next(dist.rendezvous("env://"))[0]
+        table = next(dist.rendezvous("env://"))[0]
+        return dist.PrefixStore(f"start {restarts()}", table)          # nothing that ranks wrote before they died
     except ValueError as e:
         raise UserError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {str(e).strip()}; start the ranks with "
                         f"torchrun") from None
@@ -259,6 +268,11 @@ def store():
             raise UserError(f"{at}: the port is in use; give another with torchrun --master-port=N, or "
                             f"--standalone on one machine") from None
         raise UserError(f"{at}: rank 0 does not answer there ({str(e).splitlines()[0]})") from None
+
+
+def restarts():
+    """How often torchrun --max-restarts has started this job again."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
 def failure(mesh, e):

@@ -34,7 +34,7 @@ from data import Data, batch_size_at, special, tokenizer_json
 from dualpipe import DualPipe
 from fp8 import AdamW
 from model import V3, CrossEntropy, arithmetic, balanced, config_from_hf, from_hf, official_tensors, shared, stages
-from moe import max_vio
+from moe import ExpertRanks, max_vio, spread
 
 MAX_SKIPS = 5                                      # non-finite steps in a row before the run gives up
 
@@ -304,8 +304,8 @@ def main(argv, mesh=None):
     have = parallel.checkpoints(c.out_dir)
     if os.path.exists(c.out_dir) and not os.path.isdir(c.out_dir):
         raise UserError(f"{c.out_dir}: a file and not a folder; give another --out_dir")
-    if "TORCHELASTIC_RESTART_COUNT" in os.environ and int(os.environ["TORCHELASTIC_RESTART_COUNT"]):
-        c.resume = bool(have)                                  # torchrun --max-restarts: go on by itself
+    if parallel.restarts():
+        c.resume = bool(have)
     if have and not c.resume:
         raise UserError(f"{c.out_dir}: holds a run, at {have[-1].name}; go on with --resume, or give another --out_dir")
     if c.resume and not have:
@@ -388,10 +388,12 @@ def build(c, device, mesh, newest):
         else:
             with torch.device(device):
                 v3 = V3(c)
+        spread_experts(c, [v3], mesh)
         return [v3], None
     count, mine = dualpipe.layout(c.pipeline, mesh.pp, mesh.pp_rank)
     with torch.device(device):
         parts = stages(c, count, mine, initialize=not loaded)
+    spread_experts(c, parts, mesh)
     criterion = next((stage.criterion for stage in parts if stage.last), None)
     pipe = DualPipe(c.pipeline, parts, criterion, parts[0].like(c.micro_batch_size), mesh.pp_group, shared(parts))
     if loaded:
@@ -400,6 +402,15 @@ def build(c, device, mesh, newest):
             for name, tensor in official_tensors(stage).items():
                 tensor.detach().copy_(whole[name])
     return pipe.in_order, pipe
+
+
+def spread_experts(c, modules, mesh):
+    """Leave to this rank its share of every layer's experts."""
+    if mesh.ep > 1:
+        ranks = ExpertRanks(mesh.ep_nodes, mesh.ep // mesh.ep_nodes, mesh.ep_rank, mesh.between, mesh.inside,
+                            fp8=c.precision.startswith("fp8"))
+        for module in modules:
+            spread(module, ranks)
 
 
 def pipelined(c, pipe, batch, totals, weight):

@@ -308,7 +308,7 @@ def test_experts_in_fp8_are_the_same_on_many_ranks_but_for_the_tiles_of_wgrad(la
     for result in ranks[layout]:
         numbers = result["experts in fp8"]["whole"]
         assert max(numbers[name] for name in ("y", "x", "gate.weight")) < 1e-6, numbers
-        assert max(numbers.values()) < 0.05, numbers                       # along the tokens, 128 of a rank share a scale
+        assert max(numbers.values()) < 0.05, numbers                           # scales are of 128 tokens of a rank
 
 
 @EVERY

@@ -407,11 +407,11 @@ def shared(stages):
     return list({s.embed.weight: None for s in stages if s.config.n_mtp and (s.first or s.last)})
 
 
-def balanced(config, count):
+def balanced(config, count, a=None):
     """[0, ..., n_layers], where to cut the layers so that the costliest of `count` stages costs least (and, among such
     cuts, the squares of the costs add up to least). The last stage also computes the head and MTP, which in V3 is the
-    work of four layers; it alone may have no layer of its own."""
-    n, a = config.n_layers, arithmetic(config)
+    work of four layers; it alone may have no layer of its own. a: arithmetic(config), where it is known."""
+    n, a = config.n_layers, a or arithmetic(config)
     if count > n + 1:
         raise UserError(f"n_layers = {n} is too few for {count} stages of a pipeline; give a smaller --pp")
     before = [0.0, *itertools.accumulate(a["layers"][:n])]                     # the cost of the layers before each
@@ -435,6 +435,7 @@ def arithmetic(c):
     total (parameters of the main model), active (those that work on one token, embedding and head included), mtp (the
     MTP modules' own), flops (training FLOPs per token: forward and backward, MTP included, attention at the mean causal
     length), layers and end (those of each layer, the MTP modules' last, and those of the head with the final norm),
+    attention (those of a layer's attention), sizes ({official name: numbers in it}),
     cache_bytes (latent cache per token in BF16), fp8 (parameters whose products are converted), converted (what
     fp8.convert said, or None)."""
     with torch.device("meta"):
@@ -443,15 +444,17 @@ def arithmetic(c):
     moe_share = c.n_activated_experts / c.n_routed_experts
     own = lambda name: layer_of(name) < c.n_layers
     work = {name: n * (moe_share if ".mlp.experts." in name else 1) for name, n in sizes.items()}
-    attention = 2 * c.n_heads * (c.qk_head_dim + c.v_head_dim) * (c.seq_len + 1) / 2
-    layers = [3 * attention + 6 * sum(n for name, n in work.items() if layer_of(name) == layer)
+    scores = 2 * c.n_heads * (c.qk_head_dim + c.v_head_dim) * (c.seq_len + 1) / 2
+    layers = [3 * scores + 6 * sum(n for name, n in work.items() if layer_of(name) == layer)
               for layer in range(c.n_layers + c.n_mtp)]
+    attention = 3 * scores + 6 * sum(n for name, n in work.items() if name.startswith("model.layers.0.self_attn."))
     # An embedding is looked up, which is no product; the head works for every depth.
     end = 6 * (sizes["model.norm.weight"] + (1 + c.n_mtp) * sizes["lm_head.weight"])
     return {"total": sum(n for name, n in sizes.items() if own(name)),
             "active": round(sum(n for name, n in work.items() if own(name))),
             "mtp": sum(n for name, n in sizes.items() if not own(name)),
             "flops": round(sum(layers) + end), "layers": layers, "end": end,
+            "attention": attention, "sizes": sizes,
             "cache_bytes": (c.kv_lora_rank + c.qk_rope_head_dim) * c.n_layers * 2, "converted": v3.converted,
             "fp8": sum(p.numel() for m in v3.modules() if getattr(m, "recipe", None) for p in m.parameters(False))}
 

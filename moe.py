@@ -23,7 +23,8 @@ Dataflow of one layer, N = B*T tokens, R = N*K rows, each row one (token, chosen
 
 The gather copies each token to its K rows and the sum adds up the K rows of each token: each is the other's transpose,
 and so each is the other's backward. The gate weight is multiplied in between, on the hidden activation of the expert,
-which is exact because the second product is linear: so both are pure movement of rows.
+which is exact because the second product is linear: so both are pure movement of rows. On many ranks the same happens
+once more around it: a token is copied to the ranks of its experts, and their sums are added up (expert parallelism).
 
 Shapes: B batch, T tokens, N = B*T, D dim, F moe_inter_dim, E routed experts, K active experts, R = N*K rows.
 """

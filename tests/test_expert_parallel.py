@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from conftest import GROUPS, build, lively, random_tokens, tiny
 
+import fp8
 import parallel
 from configs import UserError
 from model import V3, official_tensors, target_totals
@@ -73,13 +74,15 @@ CASES = {                                     # (changes of the Config, bias of 
 }
 
 
-def run_layer(case, ranks, world, dtype):
+def run_layer(case, ranks, world, dtype, low=False):
     """Values and all gradients of one layer, whole and spread; and in three parts cut from each other, with the weight
     gradients put off."""
     (changes, bias), rank = CASES[case], ranks.rank
     whole, mine = mixture(**changes).to(dtype), mixture(**changes).to(dtype)
     for moe in (whole, mine):
         moe.gate.bias.copy_(moe.gate.bias if bias is None else torch.tensor(bias))
+        if low:
+            fp8.convert(moe, reference=True)
     spread(mine, ranks)
     N, D = 37, whole.w2.shape[1]
     x, dy = torch.randn(2, 1, N, D, dtype=dtype, generator=torch.Generator().manual_seed(7))
@@ -191,13 +194,13 @@ def run_fp8(nodes, locals, rank, between, inside):
     """V3's width, few tokens: what a dispatch in FP8 sends, against BF16, and what arrives."""
     x = torch.randn(1, 6, 7168, generator=torch.Generator().manual_seed(rank)).bfloat16()
     arrived, sent, grads = [], [], []
-    for fp8 in (False, True):
+    for low in (False, True):
         moe = MoE(tiny(dim=7168, moe_inter_dim=4, n_routed_experts=16, n_activated_experts=8, n_expert_groups=8,
                        n_limited_groups=4, n_shared_experts=0))
         torch.manual_seed(3)
         for p in moe.parameters():
             torch.nn.init.normal_(p, std=0.02)
-        ranks = ExpertRanks(nodes, locals, rank, between, inside, fp8=fp8)
+        ranks = ExpertRanks(nodes, locals, rank, between, inside, fp8=low)
         spread(moe, ranks)
         own = x.clone().requires_grad_()
         rows, there = moe.dispatch(own)
@@ -250,6 +253,7 @@ def rank_main(rank, layout, folder):
     ranks = ExpertRanks(nodes, locals, rank, between, inside)
     out = {case: run_layer(case, ranks, world, torch.float64) for case in CASES}
     out["float32"] = run_layer("groups", ranks, world, torch.float32)
+    out["experts in fp8"] = run_layer("groups", ranks, world, torch.float32, low=True)
     out["model"] = run_model(ranks, world, torch.float64)
     out["model, recomputed"] = run_model(ranks, world, torch.float64, steps=1, recompute=True)
     out["model, float32"] = run_model(ranks, world, torch.float32, steps=1)
@@ -297,6 +301,14 @@ def test_a_layer_on_many_ranks_is_the_layer_in_values_and_every_gradient(case, l
         for way in ("whole", "parts"):
             assert max(result[way].values()) < limit, result[way]
         assert result["queued"]
+
+
+@EVERY
+def test_experts_in_fp8_are_the_same_on_many_ranks_but_for_the_tiles_of_wgrad(layout, ranks):
+    for result in ranks[layout]:
+        numbers = result["experts in fp8"]["whole"]
+        assert max(numbers[name] for name in ("y", "x", "gate.weight")) < 1e-6, numbers
+        assert max(numbers.values()) < 0.05, numbers                           # scales are of 128 tokens of a rank
 
 
 @EVERY

@@ -26,9 +26,11 @@ from pathlib import Path
 import torch
 
 import backend
+import cluster
 import configs
 import dualpipe
 import parallel
+from cluster import Cluster
 from configs import MACHINE_FIELDS, UserError
 from data import Data, batch_size_at, special, tokenizer_json
 from dualpipe import DualPipe
@@ -90,6 +92,7 @@ def plan(c, device, data=None):
     activations = tokens * kept * half + CrossEntropy.ROWS * c.vocab_size * 8
     ramp = min(c.batch_ramp, c.max_steps)
     train_tokens = (sum(batch_size_at(c, s) for s in range(ramp)) + c.batch_size * (c.max_steps - ramp)) * c.seq_len
+    a["tokens"] = train_tokens
     # Per parameter: weight, gradient and two moments; of a converted one W and W^T in FP8 too (on a CPU one copy does).
     a["bytes"] = (8 + 2 * (4 if c.moments == "fp32" else 2)) * everything
     a["bytes"] += a["fp8"] * (2 if backend.fp8_kernels(device)[0] == "Triton" else 1)
@@ -116,6 +119,23 @@ def plan(c, device, data=None):
                                 f"({train_tokens / i['train_tokens']:.1f} epochs)"))
     print("\n".join(f"  {what:13} {text}" for what, text in rows), flush=True)
     return a
+
+
+def plan_cluster(c, mesh, train_tokens):
+    """What the layout means on a cluster (cluster.py): speed, cost, and the memory of a GPU with and without each
+    technique."""
+    if mesh.pp == 1:
+        return
+    layout = c.pipeline, mesh.pp, mesh.dp, mesh.ep
+    numbers, rows = cluster.plan(c, *layout)
+    hours = train_tokens / numbers["tokens_per_s"] / 3600
+    rows.append(("cost", f"{human(train_tokens)} tokens: {hours / 1e3:,.0f}K GPU hours, ${2 * hours / 1e6:.2f}M at $2 "
+                 f"an hour (V3's 14.8T, with all that this leaves out: 2,664K, $5.33M)"))
+    (weights, activations), without = cluster.techniques(c, *layout)
+    rows.append(("fits 80 GB", f"{'yes' if weights + activations < 80e9 else 'no'}: {human(weights, 'B')} weights, "
+                 f"gradients, moments + {human(activations, 'B')} activations on the fullest GPU"))
+    rows += [("without", f"{name}: {human(total, 'B')}") for name, total in without.items()]
+    print("\n".join(f"  {what:13} {text}" for what, text in rows), flush=True)
 
 
 def model_config(c, argv):
@@ -285,11 +305,13 @@ def main(argv, mesh=None):
     if not argv or argv[0].startswith("--"):
         raise UserError("give a config first: python train.py config/tiny.py [--key=value ...]; --help lists the keys")
     c = model_config(configs.load(argv), argv)
+    if c.plan and c.world:
+        mesh = parallel.Mesh(world=c.world, nodes=max(1, c.world // Cluster.per_node))
     mesh = (mesh or parallel.Mesh()).arrange(c, {batch_size_at(c, step) for step in range(c.batch_ramp + 1)})
     device = mesh.device(backend.device(c.device))
     backend.keep_freed_memory()
     if c.plan:
-        plan(c, device)
+        plan_cluster(c, mesh, plan(c, device)["tokens"])
         return 0
     if c.precision == "fp8" and backend.fp8_kernels(device)[0] == "torch":
         raise UserError(f"--precision=fp8: {backend.fp8_kernels(device)[1]}; --precision=fp8_reference computes the "

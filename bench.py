@@ -41,6 +41,7 @@ import torch.distributed as dist
 from torch import nn
 
 import backend
+import cluster
 import configs
 import dualpipe
 import fp8
@@ -52,7 +53,7 @@ from backend import has_triton, use_graph
 from configs import UserError
 from data import documents, split
 from mla import LatentCache, decode_torch, decode_triton, quantize
-from model import V3, Block
+from model import V3, Block, arithmetic
 from moe import MAX_TOKENS
 from parallel import latest, read_state, write_atomic
 
@@ -1002,14 +1003,27 @@ def load(section):
     return json.loads(path.read_text()) if path.exists() else None
 
 
+def clusters():
+    """V3's own 2048 GPUs under each schedule, as cluster.py plans them."""
+    v3 = configs.read(HERE / "configs/v3_671b.py")
+    v3 = configs.Config(**{key: value for key, (value, _) in v3.items()}).replace(precision="fp8", moments="bf16")
+    a, lines = arithmetic(v3), ["| schedule | a step, s | bubble | exchanges hidden, s | exposed | tokens/s a GPU | "
+                                "weights, gradients, moments, GB | activations |", "|---|---|---|---|---|---|---|---|"]
+    for kind in dualpipe.KINDS:
+        n, _ = cluster.plan(v3, kind, 16, 128, 64, a=a)
+        lines.append(f"| {kind} | {n['step']:.1f} | {n['bubble']:.1%} | {n['hidden']:.1f} | {n['exposed']:.1f} | "
+                     f"{n['tokens_per_s']:,.0f} | {n['weights'] / 1e9:.0f} | {n['activations'] / 1e9:.0f} |")
+    return "\n".join(lines)
+
+
 def tables():
     """{name of a marked place in the README: its text}, from the committed results."""
     t, c, a, d, s = load("tiny"), load("char"), load("ablations"), load("decode"), load("speculation")
-    attention, low = load("attention"), load("fp8_loss")
+    attention, low, p = load("attention"), load("fp8_loss"), load("pipeline")
     mean = lambda runs, key: statistics.mean(r[key] for r in runs)
     spread = lambda runs, key: statistics.stdev(r[key] for r in runs) if len(runs) > 1 else 0.0
     vio = lambda runs: f"{mean(runs, 'max_vio'):.2f}" if mean(runs, "max_vio") else "-"
-    out = {"dualpipe": f"```\n{dualpipe.table(dualpipe.parse([]))}\n```"}
+    out = {"dualpipe": f"```\n{dualpipe.table(dualpipe.parse([]))}\n```", "cluster": clusters()}
     if t:
         out["tiny"] = (
             f"| | |\n|---|---|\n| time, process start to last line | {t['seconds'] / 60:.1f} minutes "
@@ -1074,6 +1088,18 @@ def tables():
             "|---|---|---|---|",
             *(f"| {name} | {', '.join(f'{x:.4f}' for x in of(key, 'loss'))} | {against(key):+.2%} | "
               f"{', '.join(f'{x:.4f}' for x in of(key, 'val_loss'))} |" for key, name in names.items())])
+    if p:
+        cell = lambda r: "" if r is None else f"{min(r['measured']):.2f}" + (
+            f" ({min(r['measured']) / r['simulated'] - 1:+.1%})" if "simulated" in r else "")
+        find = lambda name, ranks: next((r for r in p["rows"] if (r["schedule"], r["ranks"]) == (name, ranks)), None)
+        theirs = {"1f1b": "Schedule1F1B", "dualpipev": "ScheduleDualPipeV", "zbv": "ScheduleZBVZeroBubble"}
+        out["pipeline"] = "\n".join([
+            "| schedule | 4 ranks, 10 micro-batches: simulated, s | ours | torch's "
+            "| 8 ranks, 20 micro-batches: simulated | ours | torch's |", "|---|---|---|---|---|---|---|",
+            *(f"| {kind} | " + " | ".join(
+                f"{'%.2f' % r['simulated'] if (r := find(kind, ranks)) else ''} | {cell(r)} | "
+                f"{cell(find(theirs.get(kind), ranks))}" for ranks in (4, 8)) + " |"
+              for kind in (*dualpipe.KINDS, "zbv"))])
     if s:
         out["speculation"] = "\n".join([
             "| drafts | of them accepted | tokens per forward pass | time of the drafts / of a plain step | tokens/s | "

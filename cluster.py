@@ -57,13 +57,13 @@ def kept_bytes(c):
                  + 2 * (c.n_activated_experts + c.n_shared_experts) * c.moe_inter_dim)
 
 
-def plan(c, kind, pp, dp, ep, cluster=None):
+def plan(c, kind, pp, dp, ep, cluster=None, a=None):
     """A step of the Config on pp * dp GPUs: dp pipelines of a `kind`, every MoE layer's experts spread over ep ranks.
 
     -> (dict of numbers: seconds, bytes and shares, of one rank; [(what, text)] to print). UserError where there is no
-    such pipeline.
+    such pipeline. a: arithmetic(c), where it is known.
     """
-    cluster, a = cluster or Cluster(), arithmetic(c)
+    cluster, a = cluster or Cluster(), a or arithmetic(c)
     fp8, tokens = c.precision.startswith("fp8"), c.micro_batch_size * c.seq_len
     count, _ = dualpipe.layout(kind, pp, 0)
     held = [dualpipe.layout(kind, pp, rank)[1] for rank in range(pp)]

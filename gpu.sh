@@ -1,4 +1,0 @@
-# limit: 40
-nvidia-smi --query-gpu=memory.used,memory.total --format=csv,noheader
-timeout 55 python3 bench.py overlap
-cp results/overlap.json "$OUT"/

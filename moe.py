@@ -524,7 +524,7 @@ def experts(x, indices, weights, w13, w2, shared=None):
 
 # --- expert parallelism: the same layer on many ranks (section 3.2.2) -------------------------------------------------
 #
-# The experts of V3 are 95% of its weights: 64 ranks on 8 nodes hold 4 of each layer's 256 each, and all hold the gate
+# The experts of V3 are 95% of its weights: each of 64 ranks on 8 nodes holds 4 of a layer's 256, and all hold the gate
 # and the shared expert. Between nodes the network is slow (InfiniBand, 50 GB/s in V3's cluster), inside a node it is
 # fast (NVLink, 160 GB/s). So a token crosses to a node once, however many of its experts are there, to the rank with
 # the same local index; that one hands it on, once to each rank of its node that holds one of its experts:
@@ -545,8 +545,8 @@ class ExpertRanks:
     nodes: int
     locals: int                               # ranks of one node
     rank: int                                 # this one
-    between: dist.ProcessGroup | None = None  # the ranks with its local index, one of each node; None: one node
-    inside: dist.ProcessGroup | None = None   # the ranks of its node; None: one rank a node
+    between: "dist.ProcessGroup" = None       # the ranks with its local index, one of each node; None: one node
+    inside: "dist.ProcessGroup" = None        # the ranks of its node; None: one rank a node
     fp8: bool = False                         # dispatch in E4M3, scales powers of two (3.3.3); combine, gradients not
     bytes_sent: dict = field(default_factory=lambda: {"between": 0, "inside": 0})             # to others than oneself
 

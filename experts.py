@@ -6,12 +6,14 @@ from dataclasses import dataclass
 import torch
 
 import backend
-from fp8 import weight_gradient
+from fp8 import BLOCK, Quantized, empty, quantize_triton, quantized, weight_gradient
 
 if backend.has_triton():
     import triton
     import triton.language as tl
     from triton.tools.tensor_descriptor import TensorDescriptor
+
+    from fp8 import scale_of, to_e4m3
 
 
 # --- the plan: which row is whose -------------------------------------------------------------------------------------
@@ -289,8 +291,12 @@ def hidden_grad_triton(dout, w2, weights, h, plan, t):
     hidden_grad_kernel[R // t.rows * columns,](
         dout, described(w2, 1, t.deep, t.hidden), plan.pair, plan.expert, weights, h, a, dh, part, R, D, F, K, t.rows,
         t.hidden, t.deep, t.group, t.stages, num_warps=t.warps, **({"maxnreg": t.regs} if t.regs else {}))
-    dweights = part.sum(0)[plan.row.clamp_min(0)].masked_fill(plan.row < 0, 0)
-    return dh, a, dweights
+    return dh, a, weights_grad(part, plan)
+
+
+def weights_grad(part, plan):
+    """Parts [tiles of F, R] of the gradients of the gate weights -> their sums, where the pairs are: [N, K]."""
+    return part.sum(0)[plan.row.clamp_min(0)].masked_fill(plan.row < 0, 0)
 
 
 def weight_grad_triton(left, x, plan, weight, turned, t):
@@ -312,6 +318,226 @@ def cast(weight, dtype):
     if getattr(weight, "low", (None,))[0] != key:
         weight.low = key, weight.detach().to(dtype)
     return weight.low[1]
+
+
+# --- in FP8 -----------------------------------------------------------------------------------------------------------
+#
+# Pointers that gather rows of FP8 take more registers than there are: the gather is a pass of its own, over bytes.
+
+if backend.has_triton():
+    @triton.jit
+    def gather8_kernel(x, x_scale, pair, expert, row, row_scale, column, column_scale, N, R, D: tl.constexpr,
+                       K: tl.constexpr, QUANTIZED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+                       BLOCK_M: tl.constexpr):
+        """BLOCK_M x 128 of the rows of x, plain or QUANTIZED in 1x128 tiles: written in 1x128 tiles and (BLOCK_M = 128)
+        transposed in 128x1 tiles. Rows that are nobody's are zeros."""
+        if tl.load(expert + tl.program_id(0) * BLOCK_M // 128) >= 0:
+            r, d = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), tl.program_id(1) * 128 + tl.arange(0, 128)
+            p = tl.load(pair + r)
+            n, inside = (p // K).to(tl.int64), (p >= 0)[:, None] & (d < D)[None, :]
+            tile = tl.load(x + n[:, None] * D + d[None, :], mask=inside, other=0.0)
+            if QUANTIZED:
+                scale = tl.load(x_scale + tl.program_id(1) * N + n, mask=p >= 0, other=0.0)
+            else:
+                tile = tile.to(tl.float32)
+                scale = scale_of(tl.max(tl.where(tile == tile, tl.abs(tile), float("inf")), 1), False)
+            r, there = r.to(tl.int64), (d < D)[None, :]
+            if ROWS:
+                tl.store(row_scale + tl.program_id(1).to(tl.int64) * R + r, scale)
+                tl.store(row + r[:, None] * D + d[None, :], tile if QUANTIZED else to_e4m3(tile, scale[:, None]), mask=there)
+            if COLUMNS:
+                tile = tile.to(tl.float32) * scale[:, None] if QUANTIZED else tile
+                scale = scale_of(tl.max(tl.where(tile == tile, tl.abs(tile), float("inf")), 0), False)
+                tl.store(column_scale + tl.program_id(0).to(tl.int64) * D + d, scale, mask=d < D)
+                tl.store(column + d.to(tl.int64)[:, None] * R + r[None, :], to_e4m3(tile, scale[None, :]).T,
+                         mask=(d < D)[:, None])
+
+    @triton.jit
+    def rows8_kernel(a, a_scale, w, w_scale, expert, y, R, N: tl.constexpr, K: tl.constexpr, BLOCK_M: tl.constexpr,
+                     GROUP: tl.constexpr, STAGES: tl.constexpr):
+        """BLOCK_M x 128 of y = a W^T, promoted after each 128 of K: a in 1x128 tiles, W [E, N, K] in 128x128 blocks."""
+        i, j = tile_of(tl.cdiv(N, 128), GROUP)
+        e = tl.load(expert + i * BLOCK_M // 128)
+        if e >= 0:
+            r, n = (i * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64), j * 128 + tl.arange(0, 128)
+            total = tl.zeros([BLOCK_M, 128], tl.float32)
+            w_scale += (e * tl.cdiv(N, 128) + j) * tl.cdiv(K, 128)
+            for k in tl.range(0, tl.cdiv(K, 128), num_stages=STAGES):
+                dot = tl.dot(a.load([i * BLOCK_M, k * 128]), w.load([e, j * 128, k * 128]).reshape(128, 128).T)
+                total += dot * (tl.load(a_scale + k * R + r) * tl.load(w_scale + k))[:, None]
+            tl.store(y + r[:, None] * N + n[None, :], total, mask=(n < N)[None, :])
+
+    @triton.jit
+    def act8_kernel(h, pair, expert, weights, a, a_scale, h8, h8_scale, R, F: tl.constexpr, KEEP: tl.constexpr,
+                    BLOCK_M: tl.constexpr):
+        """BLOCK_M x 128 of weight * SwiGLU(h), and KEEP: of both halves of h, in 1x128 tiles."""
+        if tl.load(expert + tl.program_id(0) * BLOCK_M // 128) >= 0:
+            r, f = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), tl.program_id(1) * 128 + tl.arange(0, 128)
+            p = tl.load(pair + r)
+            r, inside, tiles = r.to(tl.int64), (f < F)[None, :], tl.cdiv(F, 128)
+            at = r[:, None] * (2 * F) + f[None, :]
+            gate = tl.load(h + at, mask=inside, other=0.0).to(tl.float32)
+            up = tl.load(h + at + F, mask=inside, other=0.0).to(tl.float32)
+            if KEEP:
+                store8(gate, h8 + at, h8_scale + tl.program_id(1) * R + r, inside)
+                store8(up, h8 + at + F, h8_scale + (tiles + tl.program_id(1)) * R + r, inside)
+            weight = tl.load(weights + p, mask=p >= 0, other=0.0)
+            store8(gate * tl.sigmoid(gate) * up * weight[:, None], a + r[:, None] * F + f[None, :],
+                   a_scale + tl.program_id(1) * R + r, inside)
+
+    @triton.jit
+    def load8(values, scale, inside):
+        return tl.load(values, mask=inside, other=0.0).to(tl.float32) * tl.load(scale)[:, None]
+
+    @triton.jit
+    def store8(tile, to, to_scale, inside):
+        """A tile of float32 in 1x128 tiles."""
+        scale = scale_of(tl.max(tl.where(tile == tile, tl.abs(tile), float("inf")), 1), False)
+        tl.store(to_scale, scale)
+        tl.store(to, to_e4m3(tile, scale[:, None]), mask=inside)
+
+    @triton.jit
+    def store8_turned(tile, to, to_scale, inside):
+        """A tile of float32, transposed, in 128x1 tiles."""
+        scale = scale_of(tl.max(tl.where(tile == tile, tl.abs(tile), float("inf")), 0), False)
+        tl.store(to_scale, scale, mask=inside)
+        tl.store(to, to_e4m3(tile, scale[None, :]).T, mask=inside[:, None])
+
+    @triton.jit
+    def act8_grad_kernel(da, h8, h8_scale, pair, expert, weights, dh, dh_scale, dh_turned, dh_turned_scale, a_turned,
+                         a_turned_scale, dweight, R, F: tl.constexpr):
+        """128 x 128 of the SwiGLU's backward: from da and the kept h, dh in 1x128 and 128x1 tiles, a in 128x1 tiles,
+        and this tile's part of the gate weights' gradient."""
+        i, j = tl.program_id(0), tl.program_id(1)
+        if tl.load(expert + i) >= 0:
+            r, f = i * 128 + tl.arange(0, 128), j * 128 + tl.arange(0, 128)
+            p = tl.load(pair + r)
+            weight = tl.load(weights + p, mask=p >= 0, other=0.0)[:, None]
+            r, there, inside, tiles = r.to(tl.int64), f < F, (f < F)[None, :], tl.cdiv(F, 128)
+            at, turned = r[:, None] * (2 * F) + f[None, :], f.to(tl.int64)[:, None] * R + r[None, :]
+            g, u = h8_scale + j * R + r, h8_scale + (tiles + j) * R + r
+            # Each part reads its inputs anew, from the nearest cache: for all at once there are not registers enough.
+            gate, up = load8(h8 + at, g, inside), load8(h8 + at + F, u, inside)
+            a = gate * tl.sigmoid(gate) * up
+            d = tl.load(da + r[:, None] * F + f[None, :], mask=inside, other=0.0).to(tl.float32)
+            tl.store(dweight + j * R + r, tl.sum(d * a, 1))
+            store8_turned(a * weight, a_turned + turned, a_turned_scale + i * F + f, there)
+            gate = load8(h8 + at, g, inside)
+            d = tl.load(da + r[:, None] * F + f[None, :], mask=inside, other=0.0).to(tl.float32) * weight
+            d = d * (gate * tl.sigmoid(gate))
+            store8(d, dh + at + F, dh_scale + (tiles + j) * R + r, inside)
+            store8_turned(d, dh_turned + F * R.to(tl.int64) + turned, dh_turned_scale + i * (2 * F) + F + f, there)
+            gate, up = load8(h8 + at, g, inside), load8(h8 + at + F, u, inside)
+            d = tl.load(da + r[:, None] * F + f[None, :], mask=inside, other=0.0).to(tl.float32) * weight
+            s = tl.sigmoid(gate)
+            d = d * up * (s + gate * s * (1 - s))
+            store8(d, dh + at, dh_scale + j * R + r, inside)
+            store8_turned(d, dh_turned + turned, dh_turned_scale + i * (2 * F) + f, there)
+
+    @triton.jit
+    def weight_grad8_kernel(left, left_scale, right, right_scale, start, dw, M: tl.constexpr, N: tl.constexpr,
+                            BLOCK_M: tl.constexpr, STAGES: tl.constexpr):
+        """BLOCK_M x 128 of dW_e = left right^T over the rows of expert e: left [M, R], right [N, R] in 1x128 tiles."""
+        columns = tl.cdiv(N, 128)
+        tiles = columns * tl.cdiv(M, BLOCK_M)
+        e, i, j = tl.program_id(0) // tiles, tl.program_id(0) % tiles // columns, tl.program_id(0) % columns
+        m, n = i * BLOCK_M + tl.arange(0, BLOCK_M), j * 128 + tl.arange(0, 128)
+        total = tl.zeros([BLOCK_M, 128], tl.float32)
+        for k in tl.range(tl.load(start + e) // 128, tl.load(start + e + 1) // 128, num_stages=STAGES):
+            dot = tl.dot(left.load([i * BLOCK_M, k * 128]), right.load([j * 128, k * 128]).T)
+            s = tl.load(left_scale + k * M + m, mask=m < M, other=0.0)
+            total += dot * (s[:, None] * tl.load(right_scale + k * N + n, mask=n < N, other=0.0)[None, :])
+        to = dw + e.to(tl.int64) * (M * N) + m[:, None] * N + n[None, :]
+        tl.store(to, total, mask=(m < M)[:, None] & (n < N)[None, :])
+
+
+def scales(tiles, rows, like):
+    return torch.empty(tiles, rows, dtype=torch.float32, device=like.device)
+
+
+def gather8_triton(x, plan, rows=True, columns=False):
+    """x [N, D], plain or Quantized in 1x128 -> (its rows [R, D] in 1x128 tiles or None, [D, R]: the transpose's or
+    None), with their scales [tiles along the contraction, ...]."""
+    q = isinstance(x, Quantized)
+    (N, D), R, K = (x.values if q else x).shape, len(plan.pair), plan.row.shape[1]
+    x, x_scale = (x.values, x.scale) if q else (x, x)
+    k, BLOCK_M = triton.cdiv(D, BLOCK), BLOCK if columns else 32
+    row = (empty(R, D, device=x.device), scales(k, R, x)) if rows else None
+    column = (empty(D, R, device=x.device), scales(R // BLOCK, D, x)) if columns else None
+    to, turned = row or column, column or row                             # what is not asked for is not written
+    gather8_kernel[R // BLOCK_M, k](x, x_scale, plan.pair, plan.expert, *to, *turned, N, R, D, K, q, rows, columns,
+                                    BLOCK_M, num_warps=8 if columns else 4)
+    return row, column
+
+
+def rows8_triton(a, w, plan, dtype, BLOCK_M=64, GROUP=16, STAGES=3, warps=4):
+    """a ([R, K], its scales), W Quantized [E, N, K] -> a W^T [R, N]."""
+    (values, scale), (E, N, K) = a, w.values.shape
+    y = torch.empty(len(values), N, dtype=dtype, device=values.device)
+    rows8_kernel[len(values) // BLOCK_M * triton.cdiv(N, BLOCK),](
+        described(values, BLOCK_M, BLOCK), scale, described(w.values, 1, BLOCK, BLOCK), w.scale, plan.expert, y,
+        len(values), N, K, BLOCK_M, GROUP, STAGES, num_warps=warps)
+    return y
+
+
+def act8_triton(h, weights, plan, keep):
+    """h [R, 2F] -> weight * SwiGLU(h) [R, F] and, if it is to be kept, h, both with their scales."""
+    (R, FF), tiles, BLOCK_M = h.shape, triton.cdiv(h.shape[1] // 2, BLOCK), 32
+    a = empty(R, FF // 2, device=h.device), scales(tiles, R, h)
+    kept = (empty(R, FF, device=h.device), scales(2 * tiles, R, h)) if keep else None
+    act8_kernel[R // BLOCK_M, tiles](h, plan.pair, plan.expert, weights, *a, *(kept or a), R, FF // 2, keep, BLOCK_M)
+    return a, kept
+
+
+def act8_grad_triton(da, h8, weights, plan):
+    """-> dh [R, 2F], dh^T [2F, R], a^T [F, R], all with their scales, and dweights float32 [N, K]."""
+    (R, F), tiles = da.shape, triton.cdiv(da.shape[1], BLOCK)
+    dh = empty(R, 2 * F, device=da.device), scales(2 * tiles, R, da)
+    dh_turned = empty(2 * F, R, device=da.device), scales(R // BLOCK, 2 * F, da)
+    a_turned = empty(F, R, device=da.device), scales(R // BLOCK, F, da)
+    part = scales(tiles, R, da)
+    act8_grad_kernel[R // BLOCK, tiles](da, *h8, plan.pair, plan.expert, weights, *dh, *dh_turned, *a_turned, part, R,
+                                        F, num_warps=16)
+    return dh, dh_turned, a_turned, weights_grad(part, plan)
+
+
+def weight_grad8_triton(left, right, plan, weight, BLOCK_M=64, STAGES=3, warps=4):
+    """dW [E, M, N] = left right^T: left ([M, R], its scales), right ([N, R], its scales)."""
+    (l, l_scale), (r, r_scale), dw = left, right, torch.empty_like(weight)
+    E, M, N = weight.shape
+    weight_grad8_kernel[E * triton.cdiv(M, BLOCK_M) * triton.cdiv(N, BLOCK),](
+        described(l, BLOCK_M, BLOCK), l_scale, described(r, BLOCK, BLOCK), r_scale, plan.start, dw, M, N, BLOCK_M,
+        STAGES, num_warps=warps)
+    return dw
+
+
+class Routed8(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weights, w13, w2, indices, keep):
+        x, weights = x.contiguous(), weights.contiguous()
+        (up, ctx.up), (down, ctx.down) = quantized(w13, False), quantized(w2, False)
+        plan, x8 = plan_triton(indices, len(w13)), quantize_triton(x)[0]
+        h = rows8_triton(gather8_triton(x8, plan)[0], up, plan, x.dtype)
+        a, h8 = act8_triton(h, weights, plan, keep)
+        if keep:
+            ctx.save_for_backward(x8.values, x8.scale, weights, *h8)
+        ctx.plan, ctx.parameters = plan, (w13, w2)
+        return sum_triton(rows8_triton(a, down, plan, x.dtype), plan)
+
+    @staticmethod
+    def backward(ctx, dout):
+        values, scale, weights, *h8 = ctx.saved_tensors
+        (w13, w2), plan, dout = ctx.parameters, ctx.plan, dout.contiguous()
+        dy, dy_turned = gather8_triton(dout, plan, columns=True)
+        da = rows8_triton(dy, ctx.down, plan, dout.dtype)
+        dh, dh_turned, a_turned, dweights = act8_grad_triton(da, h8, weights, plan)
+        dx = sum_triton(rows8_triton(dh, ctx.up, plan, dout.dtype), plan)
+
+        def wgrad13():
+            x_turned = gather8_triton(Quantized(values, scale), plan, rows=False, columns=True)[1]
+            return weight_grad8_triton(dh_turned, x_turned, plan, w13)
+        dw2 = weight_gradient(w2, lambda: weight_grad8_triton(dy_turned, a_turned, plan, w2))
+        return dx, dweights.to(weights.dtype), weight_gradient(w13, wgrad13), dw2, None, None
 
 
 class Routed(torch.autograd.Function):
@@ -338,4 +564,4 @@ class Routed(torch.autograd.Function):
 
 @torch.compiler.disable
 def routed_triton(x, indices, weights, w13, w2, recipe=None):
-    return Routed.apply(x, weights, w13, w2, indices, torch.is_grad_enabled())
+    return (Routed8 if recipe else Routed).apply(x, weights, w13, w2, indices, torch.is_grad_enabled())

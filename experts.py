@@ -71,13 +71,13 @@ if backend.has_triton():
         tl.store(pair + at, p, mask=chosen >= 0)
 
 
-def plan_triton(indices, E, height=128, most=None):
+def plan_triton(indices, E, height=128, rows=None):
     """indices int64 [N, K] (-1: an expert that is elsewhere) -> Plan, without waiting for the device: R is an upper
-    bound, from `most` pairs with an expert here (None: all of them)."""
+    bound, from how many pairs have an expert here (rows; None: perhaps all)."""
     P, EXPERTS = indices.numel(), triton.next_power_of_2(E)
-    R = ((P if most is None else most) // height + E) * height            # each expert has at most one ragged tile
+    R = ((P if rows is None else rows) // height + E) * height            # each expert has at most one ragged tile
     BLOCK = max(16, 8192 // EXPERTS)
-    B, make = triton.cdiv(P, BLOCK), lambda *shape: torch.empty(*shape, dtype=torch.int32, device=indices.device)
+    B, make = max(1, triton.cdiv(P, BLOCK)), lambda *shape: torch.empty(*shape, dtype=torch.int32, device=indices.device)
     pair, expert = torch.full((R + R // height,), -1, dtype=torch.int32, device=indices.device).split([R, R // height])
     counts, total, start, row = make(B, E), make(E), make(E + 1), make(*indices.shape)
     indices = indices.contiguous()
@@ -513,10 +513,10 @@ def weight_grad8_triton(left, right, plan, weight, BLOCK_M=64, STAGES=3, warps=4
 
 class Routed8(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weights, w13, w2, indices, keep):
+    def forward(ctx, x, weights, w13, w2, indices, rows, keep):
         x, weights = x.contiguous(), weights.contiguous()
         (up, ctx.up), (down, ctx.down) = quantized(w13, False), quantized(w2, False)
-        plan, x8 = plan_triton(indices, len(w13)), quantize_triton(x)[0]
+        plan, x8 = plan_triton(indices, len(w13), rows=rows), quantize_triton(x)[0]
         h = rows8_triton(gather8_triton(x8, plan)[0], up, plan, x.dtype)
         a, h8 = act8_triton(h, weights, plan, keep)
         if keep:
@@ -537,15 +537,15 @@ class Routed8(torch.autograd.Function):
             x_turned = gather8_triton(Quantized(values, scale), plan, rows=False, columns=True)[1]
             return weight_grad8_triton(dh_turned, x_turned, plan, w13)
         dw2 = weight_gradient(w2, lambda: weight_grad8_triton(dy_turned, a_turned, plan, w2))
-        return dx, dweights.to(weights.dtype), weight_gradient(w13, wgrad13), dw2, None, None
+        return dx, dweights.to(weights.dtype), weight_gradient(w13, wgrad13), dw2, None, None, None
 
 
 class Routed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weights, w13, w2, indices, keep):
+    def forward(ctx, x, weights, w13, w2, indices, rows, keep):
         tiles = HOPPER if x.element_size() == 2 else SMALL
         x, weights, low = x.contiguous(), weights.contiguous(), [cast(w, x.dtype) for w in (w13, w2)]
-        plan = plan_triton(indices, len(w13), tiles.rows)
+        plan = plan_triton(indices, len(w13), tiles.rows, rows)
         a, h = up_triton(x, weights, low[0], plan, keep, tiles)
         ctx.save_for_backward(x, weights, h)
         ctx.plan, ctx.low, ctx.parameters, ctx.tiles = plan, low, (w13, w2), tiles
@@ -559,9 +559,11 @@ class Routed(torch.autograd.Function):
         dx = sum_triton(rows_triton(dh, ctx.low[0], plan, True, tiles), plan)
         dw13 = weight_gradient(w13, lambda: weight_grad_triton(dh, x, plan, w13, False, tiles))
         dw2 = weight_gradient(w2, lambda: weight_grad_triton(a, dout, plan, w2, True, tiles))
-        return dx, dweights.to(weights.dtype), dw13, dw2, None, None
+        return dx, dweights.to(weights.dtype), dw13, dw2, None, None, None
 
 
 @torch.compiler.disable
-def routed_triton(x, indices, weights, w13, w2, recipe=None):
-    return (Routed8 if recipe else Routed).apply(x, weights, w13, w2, indices, torch.is_grad_enabled())
+def routed_triton(x, indices, weights, w13, w2, recipe=None, rows=None):
+    """moe.routed_torch without waiting for the device, and with no more than x and h kept for backward."""
+    form = Routed8 if recipe else Routed
+    return form.apply(x, weights, w13, w2, indices, rows, torch.is_grad_enabled())

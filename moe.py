@@ -35,6 +35,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import backend
+from experts import routed_triton
 from fp8 import Linear, Products, busy, linear_triton, weight_gradient
 
 if backend.has_triton():
@@ -330,9 +331,11 @@ def routed_torch(x, indices, weights, w13, w2, recipe=None, rows=None):
     return Sum.apply(grouped_linear(h, w2, ends, recipe, weighted_swiglu, weight), order, inverse, k)
 
 
-def routed(*arguments):
-    """routed_torch, by the fastest path of this device."""
-    return routed_torch(*arguments)
+def routed(x, indices, weights, w13, w2, recipe=None, rows=None):
+    """routed_torch, on a Hopper GPU by kernels (experts.py)."""
+    path, _ = backend.experts(x.device, x.dtype, w2.shape[1:], bool(recipe))
+    kernels = path == "Triton" and not (recipe and recipe.reference)
+    return (routed_triton if kernels else routed_torch)(x, indices, weights, w13, w2, recipe, rows)
 
 
 # --- the experts of few tokens ----------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ class Plan:
 if backend.has_triton():
     @triton.jit
     def count_kernel(indices, counts, P, E, BLOCK: tl.constexpr, EXPERTS: tl.constexpr):
-        """How many of BLOCK pairs each expert has. EXPERTS: a power of two over E; pairs of no expert here count as E."""
+        """How many of BLOCK pairs each expert has. EXPERTS: the power of two from E up."""
         p, e = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, EXPERTS)
         chosen = tl.load(indices + p, mask=p < P, other=-1).to(tl.int32)
         mine = (chosen[:, None] == e[None, :]).to(tl.int32)
@@ -77,8 +77,9 @@ def plan_triton(indices, E, height=128, rows=None):
     P, EXPERTS = indices.numel(), triton.next_power_of_2(E)
     R = ((P if rows is None else rows) // height + E) * height            # each expert has at most one ragged tile
     BLOCK = max(16, 8192 // EXPERTS)
-    B, make = max(1, triton.cdiv(P, BLOCK)), lambda *shape: torch.empty(*shape, dtype=torch.int32, device=indices.device)
-    pair, expert = torch.full((R + R // height,), -1, dtype=torch.int32, device=indices.device).split([R, R // height])
+    B, where = max(1, triton.cdiv(P, BLOCK)), dict(dtype=torch.int32, device=indices.device)
+    make = lambda *shape: torch.empty(*shape, **where)
+    pair, expert = torch.full((R + R // height,), -1, **where).split([R, R // height])
     counts, total, start, row = make(B, E), make(E), make(E + 1), make(*indices.shape)
     indices = indices.contiguous()
     count_kernel[B,](indices, counts, P, E, BLOCK, EXPERTS)
@@ -285,7 +286,7 @@ def sum_triton(rows, plan):
 
 def hidden_grad_triton(dout, w2, weights, h, plan, t):
     """-> dh [R, 2F], a [R, F], dweights float32 [N, K]."""
-    (E, D, F), R, (N, K) = w2.shape, len(h), plan.row.shape
+    (_, D, F), R, K = w2.shape, len(h), plan.row.shape[1]
     dh, a, columns = torch.empty_like(h), h.new_empty(R, F), triton.cdiv(F, t.hidden)
     part = torch.empty(columns, R, dtype=torch.float32, device=h.device)
     hidden_grad_kernel[R // t.rows * columns,](
@@ -301,7 +302,7 @@ def weights_grad(part, plan):
 
 def weight_grad_triton(left, x, plan, weight, turned, t):
     """dW [E, M, N] = left^T x, rows of x gathered; or turned its transpose, dW [E, N, M]."""
-    M, (N, D), K = left.shape[1], x.shape, plan.row.shape[1]
+    M, D, K = left.shape[1], x.shape[1], plan.row.shape[1]
     dw = torch.empty_like(weight)
     weight_grad_kernel[len(weight) * triton.cdiv(M, t.rows) * triton.cdiv(D, t.wide),](
         described(left, t.deep, t.rows), x, plan.pair, plan.start, dw, M, D, K, 1 if turned else D, M if turned else 1,
@@ -344,7 +345,8 @@ if backend.has_triton():
             r, there = r.to(tl.int64), (d < D)[None, :]
             if ROWS:
                 tl.store(row_scale + tl.program_id(1).to(tl.int64) * R + r, scale)
-                tl.store(row + r[:, None] * D + d[None, :], tile if QUANTIZED else to_e4m3(tile, scale[:, None]), mask=there)
+                values = tile if QUANTIZED else to_e4m3(tile, scale[:, None])
+                tl.store(row + r[:, None] * D + d[None, :], values, mask=there)
             if COLUMNS:
                 tile = tile.to(tl.float32) * scale[:, None] if QUANTIZED else tile
                 scale = scale_of(tl.max(tl.where(tile == tile, tl.abs(tile), float("inf")), 0), False)
@@ -472,7 +474,7 @@ def gather8_triton(x, plan, rows=True, columns=False):
 
 def rows8_triton(a, w, plan, dtype, BLOCK_M=64, GROUP=16, STAGES=3, warps=4):
     """a ([R, K], its scales), W Quantized [E, N, K] -> a W^T [R, N]."""
-    (values, scale), (E, N, K) = a, w.values.shape
+    (values, scale), (_, N, K) = a, w.values.shape
     y = torch.empty(len(values), N, dtype=dtype, device=values.device)
     rows8_kernel[len(values) // BLOCK_M * triton.cdiv(N, BLOCK),](
         described(values, BLOCK_M, BLOCK), scale, described(w.values, 1, BLOCK, BLOCK), w.scale, plan.expert, y,
@@ -503,11 +505,10 @@ def act8_grad_triton(da, h8, weights, plan):
 
 def weight_grad8_triton(left, right, plan, weight, BLOCK_M=64, STAGES=3, warps=4):
     """dW [E, M, N] = left right^T: left ([M, R], its scales), right ([N, R], its scales)."""
-    (l, l_scale), (r, r_scale), dw = left, right, torch.empty_like(weight)
-    E, M, N = weight.shape
+    (E, M, N), dw = weight.shape, torch.empty_like(weight)
     weight_grad8_kernel[E * triton.cdiv(M, BLOCK_M) * triton.cdiv(N, BLOCK),](
-        described(l, BLOCK_M, BLOCK), l_scale, described(r, BLOCK, BLOCK), r_scale, plan.start, dw, M, N, BLOCK_M,
-        STAGES, num_warps=warps)
+        described(left[0], BLOCK_M, BLOCK), left[1], described(right[0], BLOCK, BLOCK), right[1], plan.start, dw, M, N,
+        BLOCK_M, STAGES, num_warps=warps)
     return dw
 
 

@@ -1,4 +1,4 @@
-"""The routed experts' kernels against routed_torch: values, every gradient, the same bits twice, no wait for the device.
+"""The routed experts' kernels against routed_torch: values, every gradient, the same bits twice, without host syncs.
 
 On a GPU the tests run compiled, elsewhere in Triton's interpreter (in float32: its products of BF16 are wrong).
 """
@@ -59,8 +59,8 @@ def double(leaves):
 
 # --- the plan ---------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("N, E, K, load", [(50, 8, 2, "even"), (7, 1, 1, "even"), (33, 12, 6, "hot"), (5, 64, 8, "even"),
-                                           (0, 4, 2, "even")])
+@pytest.mark.parametrize("N, E, K, load", [
+    (50, 8, 2, "even"), (7, 1, 1, "even"), (33, 12, 6, "hot"), (5, 64, 8, "even"), (0, 4, 2, "even")])
 def test_rows_are_sorted_by_expert_and_every_expert_begins_a_tile(N, E, K, load):
     indices, height = choices(N, E, K, load, elsewhere=0.2), 16
     plan = plan_triton(indices, E, height)
@@ -209,7 +209,7 @@ def layer():
 @pytest.mark.parametrize("recipe", [pytest.param(r, marks=gpu) for r in (None, fp8.Recipe())], ids=["bf16", "fp8"])
 def test_forward_and_backward_are_captured_as_a_cuda_graph(recipe):
     indices, (leaves, dout) = choices(1000, 64, 6), inputs(1000, *BENCH, torch.bfloat16)
-    expected = run(routed_triton, leaves, indices, dout, recipe)                          # compiles outside of the graph
+    expected = run(routed_triton, leaves, indices, dout, recipe)                     # compiles outside of the graph
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

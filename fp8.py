@@ -233,9 +233,10 @@ if backend.has_triton():
 
     @triton.jit
     def gemm_kernel(a, b, y, a_scale, b_scale, M, N, K, y_stride, a_scale_m, a_scale_k, b_scale_m, b_scale_k,
-                    BLOCKS: tl.constexpr, BLOCK_M: tl.constexpr, GROUP: tl.constexpr):
-        """BLOCK_M x 128 of y. A tile of 64 rows leaves room for three programs on a multiprocessor: while one scales
-        and adds, the others multiply. GROUP tiles of rows at a time walk over all columns, to find B in the cache."""
+                    BLOCKS: tl.constexpr, ADD: tl.constexpr, BLOCK_M: tl.constexpr, GROUP: tl.constexpr):
+        """BLOCK_M x 128 of y, or of what is added to y. A tile of 64 rows leaves room for three programs on a
+        multiprocessor: while one scales and adds, the others multiply. GROUP tiles of rows at a time walk over all
+        columns, to find B in the cache."""
         rows, columns = tl.cdiv(M, BLOCK_M), tl.cdiv(N, 128)
         group = tl.program_id(0) // (GROUP * columns)
         height = min(rows - group * GROUP, GROUP)
@@ -251,7 +252,11 @@ if backend.has_triton():
             else:
                 t = tl.load(b_scale + n * b_scale_m + k * b_scale_k, mask=n < N, other=0.0)
                 total += dot * (s[:, None] * t[None, :])
-        tl.store(y + m.to(tl.int64)[:, None] * y_stride + n[None, :], total, mask=(m < M)[:, None] & (n < N)[None, :])
+        inside = (m < M)[:, None] & (n < N)[None, :]
+        y += m.to(tl.int64)[:, None] * y_stride + n[None, :]
+        if ADD:
+            total += tl.load(y, mask=inside, other=0.0)
+        tl.store(y, total, mask=inside)
 
 
 def quantize_triton(x, pow2=False, rows=True, columns=False):
@@ -281,14 +286,15 @@ def blocks_triton(w):
     return q, t
 
 
-def gemm_triton(a, b, y):
-    """gemm_torch into y [M, N]; the operands' rows begin at multiples of 16 bytes (quantize_triton, blocks_triton)."""
+def gemm_triton(a, b, y, add=False):
+    """gemm_torch into y [M, N], or added to it; the operands' rows begin at multiples of 16 bytes (quantize_triton,
+    blocks_triton)."""
     (M, K), N, BLOCK_M = a.values.shape, len(b.values), 64
     a8, b8 = (TensorDescriptor(q.values, list(q.values.shape), list(q.values.stride()), [rows, BLOCK])
               for q, rows in ((a, BLOCK_M), (b, BLOCK)))
     # One row of b is both a row and a block, and then either reading is right.
     gemm_kernel[triton.cdiv(M, BLOCK_M) * triton.cdiv(N, BLOCK),](
-        a8, b8, y, a.scale, b.scale, M, N, K, y.stride(0), *a.scale.stride(), *b.scale.stride(), len(b.scale) < N,
+        a8, b8, y, a.scale, b.scale, M, N, K, y.stride(0), *a.scale.stride(), *b.scale.stride(), len(b.scale) < N, add,
         BLOCK_M, GROUP=16, num_warps=4)
     return y
 
@@ -344,12 +350,14 @@ def quantize_blocks(w, reference=False):
     return w, w.mT
 
 
-def gemm(a, b, y, reference=False):
-    """gemm_torch into y [M, N], in y's dtype. At V3's shapes cuBLASLt reached 1016-1176 TFLOP/s on an H100 and a kernel
-    like ours 835-918, so cuBLASLt goes first where it has the product."""
+def gemm(a, b, y, reference=False, add=False):
+    """gemm_torch into y [M, N], in y's dtype; add: y + gemm_torch, for a weight's gradient (y FP32). At V3's
+    shapes cuBLASLt reached 1016-1176 TFLOP/s on an H100 and a kernel like ours 835-918, so cuBLASLt goes first where it
+    has the product."""
     if not fast(y, reference):
-        return y.copy_(gemm_torch(a, b, y.dtype))
-    return (gemm_cublas if takes_cublas(a, b, y) else gemm_triton)(a, b, y)
+        product = gemm_torch(a, b, y.dtype)
+        return y.add_(product) if add else y.copy_(product)
+    return gemm_triton(a, b, y, add) if add or not takes_cublas(a, b, y) else gemm_cublas(a, b, y)
 
 
 # --- Fprop, Dgrad, Wgrad ----------------------------------------------------------------------------------------------

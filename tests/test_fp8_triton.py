@@ -114,6 +114,17 @@ def test_where_no_sum_is_rounded_the_product_is_the_references_bit_for_bit(block
     assert torch.equal(fp8.gemm_triton(a, b, torch.empty(M, N, device=DEVICE)), gemm_torch(a, b))
 
 
+def test_a_product_is_added_to_the_gradient_that_is_there():
+    a, b = (fp8.quantize_triton(torch.randn(n, 150, device=DEVICE))[0] for n in (70, 140))
+    before = torch.randn(70, 140, device=DEVICE)
+    for reference in (True, False):
+        y = fp8.gemm(a, b, before.clone(), reference, add=True)
+        expected = before + gemm_torch(a, b)
+        assert ((y - expected).norm() / expected.norm()) < 1e-3
+    y = fp8.gemm_triton(a, b, before.clone(), add=True)
+    assert ((y - expected).norm() / expected.norm()) < 1e-3
+
+
 def test_the_rows_of_one_expert_are_multiplied_where_they_lie():
     x, w = torch.randn(300, 140, device=DEVICE), torch.randn(3, 200, 140, device=DEVICE)
     a, (b, t) = fp8.quantize_triton(x)[0], fp8.blocks_triton(w)

@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import backend
-from fp8 import Linear, Products, busy, linear_triton, weight_gradient
+from fp8 import Linear, Products, SwiGLU, busy, linear_triton, weight_gradient
 
 if backend.has_triton():
     import triton
@@ -262,37 +262,16 @@ class GroupedLinear(torch.autograd.Function):
         return dx, weight_gradient(weight, wgrad), None
 
 
-def grouped_linear(x, w, load, recipe=None, before=None, *extra):
-    """Each row of before(x, *extra) times its expert's weight, in x's dtype: [R, in], w [E, out, in], load int64 [E]
-    -> [R, out]. With a Recipe in FP8 (fp8.py)."""
+def grouped_linear(x, w, load, recipe=None, gate=None):
+    """Each row of x times its expert's weight, in x's dtype: [R, in], w [E, out, in], load int64 [E] -> [R, out]. With
+    the rows' gate weights [R]: of weighted_swiglu of x [R, 2 in]. With a Recipe in FP8 (fp8.py)."""
     ends = load.cumsum(0)
     if recipe:
-        return Products.apply(x, w, ends.tolist(), recipe, before, *extra)
-    x = before(x, *extra) if before else x
+        return Products.apply(x, w, ends.tolist(), recipe, gate is not None, gate)
+    x = x if gate is None else weighted_swiglu(x, gate)
     if backend.use_grouped_mm(x):
         return F.grouped_mm(x, w.to(x.dtype).transpose(1, 2), offs=ends.to(torch.int32))
     return GroupedLinear.apply(x, w, ends.tolist())
-
-
-class SwiGLU(torch.autograd.Function):
-    """silu(a) * b for h = [a, b]: [N, 2F] -> [N, F]. By hand because autograd would keep silu(a), and pad and add the
-    gradients of the two halves: four passes over memory for nothing."""
-
-    @staticmethod
-    def forward(ctx, h):
-        ctx.save_for_backward(h)
-        a, b = h.chunk(2, -1)
-        return F.silu(a).mul_(b)
-
-    @staticmethod
-    def backward(ctx, grad):
-        (h,) = ctx.saved_tensors
-        a, b = h.chunk(2, -1)
-        dh = torch.empty_like(h)
-        da, db = dh.chunk(2, -1)
-        torch.mul(grad, F.silu(a), out=db)
-        torch.ops.aten.silu_backward.grad_input(grad * b, a, grad_input=da)
-        return dh
 
 
 def weighted_swiglu(h, weight):
@@ -494,7 +473,7 @@ class FFN(nn.Module):
         self.w2 = Linear(inter_dim, dim)
 
     def forward(self, x):
-        return self.w2(self.w13(x), before=SwiGLU.apply)
+        return self.w2(self.w13(x), swiglu=True)
 
     # The parts of MoE, for a layer that has nobody to send anything to.
     def dispatch(self, x):
@@ -549,7 +528,7 @@ class MoE(nn.Module):
         here = self.shared(x) if self.shared else 0
         weight = sent.routing.weights.flatten().index_select(0, sent.order).to(rows.dtype)     # [R]
         h = grouped_linear(rows, self.w13, sent.routing.load, self.recipe)                     # [R, 2F]
-        return here, grouped_linear(h, self.w2, sent.routing.load, self.recipe, weighted_swiglu, weight)
+        return here, grouped_linear(h, self.w2, sent.routing.load, self.recipe, weight)
 
     def combine(self, here, rows, sent):
         """here + the sum of each token's rows: [B, T, D]."""

@@ -540,7 +540,7 @@ def wgrad(weight, dy_columns, x, ends, recipe, swiglu=False, gate=None, grad=Non
     """Wgrad, dW_e = dy_e^T a_e: dy_columns {busy expert: Quantized [out, its rows]}, x Quantized, in 1x128 tiles, is a,
     or what its SwiGLU is made of -> float32, of the weight's shape, added to `grad` if that is given."""
     add = grad is not None
-    if not add:                                                        # an idle expert's is zero, the others are written
+    if not add:                                                     # zero for an idle expert, written for the others
         grad = (torch.empty_like if len(dy_columns) == len(ends) else torch.zeros_like)(weight)
     stack = grad.view(-1, *weight.shape[-2:])
     for e, rows in busy(ends):
@@ -619,8 +619,8 @@ def linear(x, weight):
 
 
 class SwiGLU(torch.autograd.Function):
-    """silu(a) * b for h = [a, b] in h's dtype: [N, 2F] -> [N, F]. By hand because autograd would keep silu(a), and pad and add the
-    gradients of the two halves: four passes over memory for nothing."""
+    """silu(a) * b for h = [a, b], in h's dtype: [N, 2F] -> [N, F]. By hand because autograd would keep silu(a), and pad
+    and add the gradients of the two halves: four passes over memory for nothing."""
 
     @staticmethod
     def forward(ctx, h):

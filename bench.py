@@ -716,7 +716,7 @@ def fp8_on_a_gpu(options):
     products = [shown(fp8_products(outer, inner)) for inner, outer in [*V3_LINEARS.values(), (8192, 8192)]]
     few = [shown(fp8_products(4096, 7168, M)) for M in (16, 64, 128)]
     linears = [shown({"name": name, **fp8_linear(*dims)}) for name, dims in V3_LINEARS.items()]
-    square = [shown(fp8_linear(dim, dim)) for dim in (256, 512, 1024, 2048, 4096, 8192)]         # where FP8 begins to pay
+    square = [shown(fp8_linear(dim, dim)) for dim in (256, 512, 1024, 2048, 4096, 8192)]  # where FP8 begins to pay
     record("fp8", "python bench.py fp8", quantization=quantization, products=products, few=few, linears=linears,
            square=square, adamw=shown(fp8_adamw()))
 

@@ -438,6 +438,39 @@ def swiglu_backward(h, dy, gate=None, reference=False):
     return (swiglu_backward_triton if fast(dy, reference) else swiglu_backward_torch)(h, dy, gate)
 
 
+# --- what attention's Linear keeps ------------------------------------------------------------------------------------
+
+if backend.has_triton():
+    @triton.jit
+    def e5m6_kernel(x, q, q_scale, M, K, x_stride, BLOCK_M: tl.constexpr):
+        m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+        k = tl.program_id(1) * 128 + tl.arange(0, 128)
+        inside = (m < M)[:, None] & (k < K)[None, :]
+        tile = tl.load(x + m[:, None] * x_stride + k[None, :], mask=inside, other=0.0).to(tl.float32)
+        amax = tl.max(tl.where(tile == tile, tl.abs(tile), float("inf")), 1)
+        scale = tl.maximum(tl.div_rn(amax, 65024.0), 1.1754943508222875e-38)
+        scale = (((scale.to(tl.int32, bitcast=True) + 0x7FFFFF) >> 23) << 23).to(tl.float32, bitcast=True)
+        good = amax < float("inf")
+        tile = tl.where(good[:, None], tile * tl.div_rn(1.0, scale)[:, None], 0.0)
+        exponent = tl.maximum(((tile.to(tl.int32, bitcast=True) >> 23) & 255) - 127, -14)
+        large = ((exponent - 6 + 127) << 23).to(tl.float32, bitcast=True) * 12582912.0
+        tl.store(q + m[:, None] * K + k[None, :], ((tile + large) - large).to(tl.float16), mask=inside)
+        tl.store(q_scale + tl.program_id(1) * M + m, tl.where(good, scale, float("nan")), mask=m < M)
+
+
+def e5m6_triton(x):
+    """quantize_torch(x, fmt=E5M6, pow2=True) of x [M, K] in one pass, bit for bit."""
+    x = x if x.stride(1) == 1 else x.contiguous()
+    (M, K), k = x.shape, triton.cdiv(x.shape[1], BLOCK)
+    q = Quantized(torch.empty(M, K, dtype=torch.float16, device=x.device), torch.empty(k, M, device=x.device).t())
+    e5m6_kernel[triton.cdiv(M, 32), k](x, q.values, q.scale, M, K, x.stride(0), 32)
+    return q
+
+
+def e5m6(x, reference=False):
+    return e5m6_triton(x) if fast(x, reference) else quantize_torch(x, fmt=E5M6, pow2=True)
+
+
 # --- Fprop, Dgrad, Wgrad ----------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
@@ -512,7 +545,7 @@ class Products(torch.autograd.Function):
             gemm(a[rows], w[e], y[rows], recipe.reference)
         if any(ctx.needs_input_grad):
             if recipe.kept is not E4M3:
-                a = quantize_torch(x, fmt=recipe.kept, pow2=recipe.pow2)
+                a = e5m6(x, recipe.reference)
             elif swiglu:
                 a = quantize(x, recipe.pow2, recipe.reference)
             ctx.save_for_backward(a.values, a.scale, gate)

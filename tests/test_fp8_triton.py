@@ -69,6 +69,15 @@ def test_what_was_kept_in_fp8_is_requantized_along_the_tokens_bit_for_bit(M, K):
         equal(column, quantize_torch(kept[rows].dequantize().t(), pow2=True))
 
 
+@pytest.mark.parametrize("M, K", SHAPES)
+def test_what_the_linear_after_attention_keeps_is_the_references_bit_for_bit(M, K):
+    for name, x in samples(M, K).items():
+        print(name)
+        q, expected = fp8.e5m6_triton(x.to(DEVICE)), quantize_torch(x.to(DEVICE), fmt=E5M6, pow2=True)
+        assert torch.equal(q.values.view(torch.int16), expected.values.view(torch.int16))
+        torch.testing.assert_close(q.scale, expected.scale, rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("E, M, K", [(1, 1, 1), (1, 130, 300), (3, 128, 40), (2, 200, 128)])
 def test_blocks_and_their_transpose_are_quantized_bit_for_bit(E, M, K):
     for name, w in samples(E * M, K).items():

@@ -2,11 +2,12 @@
 
 """
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 import backend
-from fp8 import BLOCK, Quantized, empty, quantize_triton, quantized, weight_gradient
+from fp8 import BLOCK, Quantized, empty, quantize_triton, quantized, transpose, weight_gradient
 
 if backend.has_triton():
     import triton
@@ -104,7 +105,7 @@ if backend.has_triton():
     @triton.jit
     def up_kernel(x, w13, pair, expert, weights, h, a, D: tl.constexpr, F: tl.constexpr, K: tl.constexpr,
                   KEEP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr,
-                  GROUP: tl.constexpr, STAGES: tl.constexpr, JOINED: tl.constexpr):
+                  GROUP: tl.constexpr, STAGES: tl.constexpr):
         """BLOCK_M x BLOCK_F of a = weight * silu(x W1^T) * x W3^T, the rows of x gathered as they are loaded; KEEP: and
         of h, the two products."""
         i, j = tile_of(tl.cdiv(F, BLOCK_F), GROUP)
@@ -114,24 +115,12 @@ if backend.has_triton():
             p = tl.load(pair + r)
             d = tl.arange(0, BLOCK_D)
             rows = x + (p // K).to(tl.int64)[:, None] * D + d[None, :]
-            if JOINED:
-                both = tl.zeros([BLOCK_M, 2 * BLOCK_F], tl.float32)
-                for at in tl.range(0, D, BLOCK_D, num_stages=STAGES):
-                    here = (p >= 0)[:, None] if D % BLOCK_D == 0 else (p >= 0)[:, None] & (at + d < D)[None, :]
-                    tile = tl.load(rows + at, mask=here, other=0.0)
-                    w = w13.load([e, 0, j * BLOCK_F, at]).reshape(2 * BLOCK_F, BLOCK_D)
-                    both = tl.dot(tile, w.T, both, input_precision="ieee")
-                gate, up = both.reshape(BLOCK_M, 2, BLOCK_F).permute(0, 2, 1).split()
-            else:
-                gate = tl.zeros([BLOCK_M, BLOCK_F], tl.float32)
-                up = tl.zeros([BLOCK_M, BLOCK_F], tl.float32)
-                for at in tl.range(0, D, BLOCK_D, num_stages=STAGES):
-                    here = (p >= 0)[:, None] if D % BLOCK_D == 0 else (p >= 0)[:, None] & (at + d < D)[None, :]
-                    tile = tl.load(rows + at, mask=here, other=0.0)
-                    gate = tl.dot(tile, w13.load([e, 0, j * BLOCK_F, at]).reshape(BLOCK_F, BLOCK_D).T, gate,
-                                  input_precision="ieee")
-                    up = tl.dot(tile, w13.load([e, 1, j * BLOCK_F, at]).reshape(BLOCK_F, BLOCK_D).T, up,
-                                input_precision="ieee")
+            both = tl.zeros([BLOCK_M, 2 * BLOCK_F], tl.float32)
+            for at in tl.range(0, D, BLOCK_D, num_stages=STAGES):
+                here = (p >= 0)[:, None] if D % BLOCK_D == 0 else (p >= 0)[:, None] & (at + d < D)[None, :]
+                w = w13.load([e, 0, j * BLOCK_F, at]).reshape(2 * BLOCK_F, BLOCK_D)
+                both = tl.dot(tl.load(rows + at, mask=here, other=0.0), w.T, both, input_precision="ieee")
+            gate, up = both.reshape(BLOCK_M, 2, BLOCK_F).permute(0, 2, 1).split()
             weight = tl.load(weights + p, mask=p >= 0, other=0.0)
             r, inside = r.to(tl.int64), (f < F)[None, :]
             if KEEP:
@@ -183,22 +172,30 @@ if backend.has_triton():
         return tl.sum(da * silu * up, 1)
 
     @triton.jit
-    def hidden_grad_kernel(dout, w2, pair, expert, weights, h, a, dh, dweight, R, D: tl.constexpr, F: tl.constexpr,
-                           K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr,
-                           GROUP: tl.constexpr, STAGES: tl.constexpr):
-        """BLOCK_M x BLOCK_F of da = dout W2, the rows of dout gathered; from it and h at once dh, a (made again for
-        Wgrad), and this tile's part of the gate weights' gradient, <da, a without its weight>."""
+    def gather_kernel(x, pair, expert, rows, D: tl.constexpr, K: tl.constexpr, HEIGHT: tl.constexpr,
+                      BLOCK_D: tl.constexpr):
+        """One row's token, zeros where the row is nobody's."""
+        r, d = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+        if tl.load(expert + r // HEIGHT) >= 0:
+            p = tl.load(pair + r)
+            token = tl.load(x + (p // K).to(tl.int64) * D + d, mask=d < tl.where(p >= 0, D, 0), other=0.0)
+            tl.store(rows + r * D + d, token, mask=d < D)
+
+    @triton.jit
+    def hidden_grad_kernel(dy, w2, pair, expert, weights, h, a, dh, dweight, R, D: tl.constexpr, F: tl.constexpr,
+                           BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr,
+                           STAGES: tl.constexpr):
+        """BLOCK_M x BLOCK_F of da = dy W2; from it and h at once dh, a (made again for Wgrad), and this tile's part of
+        the gate weights' gradient, <da, a without its weight>."""
         i, j = tile_of(tl.cdiv(F, BLOCK_F), GROUP)
         e = tl.load(expert + i)
         if e >= 0:
-            r, d = i * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
-            p = tl.load(pair + r)
-            rows = dout + (p // K).to(tl.int64)[:, None] * D + d[None, :]
             da = tl.zeros([BLOCK_M, BLOCK_F], tl.float32)
             for at in tl.range(0, D, BLOCK_D, num_stages=STAGES):
-                here = (p >= 0)[:, None] if D % BLOCK_D == 0 else (p >= 0)[:, None] & (at + d < D)[None, :]
-                tile = tl.load(rows + at, mask=here, other=0.0)
-                da = tl.dot(tile, w2.load([e, at, j * BLOCK_F]).reshape(BLOCK_D, BLOCK_F), da, input_precision="ieee")
+                w = w2.load([e, at, j * BLOCK_F]).reshape(BLOCK_D, BLOCK_F)
+                da = tl.dot(dy.load([i * BLOCK_M, at]), w, da, input_precision="ieee")
+            r = i * BLOCK_M + tl.arange(0, BLOCK_M)
+            p = tl.load(pair + r)
             weight = tl.load(weights + p, mask=p >= 0, other=0.0)
             # A quarter of the columns at a time: for all of them there are not registers enough.
             QUARTER: tl.constexpr = BLOCK_F // 4
@@ -213,22 +210,24 @@ if backend.has_triton():
             tl.store(dweight + j * R + r, part)
 
     @triton.jit
-    def weight_grad_kernel(left, x, pair, start, dw, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
-                           STRIDE_M: tl.constexpr, STRIDE_N: tl.constexpr, BLOCK_M: tl.constexpr,
-                           BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, STAGES: tl.constexpr):
-        """BLOCK_M x BLOCK_N of dW_e = left^T x over the rows of expert e, those of x [tokens, N] gathered."""
+    def weight_grad_kernel(left, right, start, dw, M: tl.constexpr, N: tl.constexpr, ADD: tl.constexpr,
+                           BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, GROUP: tl.constexpr,
+                           STAGES: tl.constexpr):
+        """BLOCK_M x BLOCK_N of dW_e = left^T right over the rows of expert e; ADD: added to what is there."""
         columns = tl.cdiv(N, BLOCK_N)
         tiles = columns * tl.cdiv(M, BLOCK_M)
-        e, i, j = tl.program_id(0) // tiles, tl.program_id(0) % tiles // columns, tl.program_id(0) % columns
-        m, n = i * BLOCK_M + tl.arange(0, BLOCK_M), j * BLOCK_N + tl.arange(0, BLOCK_N)
+        e, here = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+        first = here // (GROUP * columns) * GROUP
+        height = min(tiles // columns - first, GROUP)
+        i, j = first + here % (GROUP * columns) % height, here % (GROUP * columns) // height
         total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for at in tl.range(tl.load(start + e), tl.load(start + e + 1), BLOCK_R, num_stages=STAGES):
-            p = tl.load(pair + at + tl.arange(0, BLOCK_R))
-            here = (p >= 0)[:, None] if N % BLOCK_N == 0 else (p >= 0)[:, None] & (n < N)[None, :]
-            tile = tl.load(x + (p // K).to(tl.int64)[:, None] * N + n[None, :], mask=here, other=0.0)
-            total = tl.dot(left.load([at, i * BLOCK_M]).T, tile, total, input_precision="ieee")
-        to = dw + e.to(tl.int64) * (M * N) + m[:, None] * STRIDE_M + n[None, :] * STRIDE_N
-        tl.store(to, total, mask=(m < M)[:, None] & (n < N)[None, :])
+            total = tl.dot(left.load([at, i * BLOCK_M]).T, right.load([at, j * BLOCK_N]), total, input_precision="ieee")
+        m, n = i * BLOCK_M + tl.arange(0, BLOCK_M), j * BLOCK_N + tl.arange(0, BLOCK_N)
+        to, inside = dw + e.to(tl.int64) * (M * N) + m[:, None] * N + n[None, :], (m < M)[:, None] & (n < N)[None, :]
+        if ADD:
+            total += tl.load(to, mask=inside, other=0.0)
+        tl.store(to, total, mask=inside)
 
 
 def described(x, *block):
@@ -241,14 +240,12 @@ class Tiles:
     """Sizes of tiles and numbers of warps, for what a program holds in registers and keeps coming in shared memory."""
     rows: int = 128
     up: int = 128                             # columns of up_kernel, of which it makes two products
-    hidden: int = 128
+    hidden: int = 256
     wide: int = 256
     deep: int = 64                            # of the contraction at a time
     warps: int = 8
     stages: int = 3
     group: int = 8
-    joined: bool = True
-    regs: int = None
 
 
 HOPPER, SMALL = Tiles(), Tiles(16, 16, 16, 16, 16, 4, 1)
@@ -259,8 +256,8 @@ def up_triton(x, weights, w13, plan, keep, t):
     (E, FF, D), R, K = w13.shape, len(plan.pair), plan.row.shape[1]
     a, h = x.new_empty(R, FF // 2), x.new_empty(R, FF) if keep else None
     up_kernel[R // t.rows * triton.cdiv(FF // 2, t.up),](
-        x, described(w13.view(E, 2, FF // 2, D), 1, 1 + t.joined, t.up, t.deep), plan.pair, plan.expert, weights,
-        a if h is None else h, a, D, FF // 2, K, keep, t.rows, t.up, t.deep, t.group, t.stages, t.joined,
+        x, described(w13.view(E, 2, FF // 2, D), 1, 2, t.up, t.deep), plan.pair, plan.expert, weights,
+        a if h is None else h, a, D, FF // 2, K, keep, t.rows, t.up, t.deep, t.group, t.stages,
         num_warps=t.warps)
     return a, h
 
@@ -284,14 +281,22 @@ def sum_triton(rows, plan):
     return out
 
 
-def hidden_grad_triton(dout, w2, weights, h, plan, t):
-    """-> dh [R, 2F], a [R, F], dweights float32 [N, K]."""
-    (_, D, F), R, K = w2.shape, len(h), plan.row.shape[1]
+def gather_triton(x, plan):
+    """x [N, D] -> its rows [R, D]."""
+    R, D, K = len(plan.pair), x.shape[1], plan.row.shape[1]
+    rows, BLOCK_D = x.new_empty(R, D), min(1024, triton.next_power_of_2(D))
+    gather_kernel[R, triton.cdiv(D, BLOCK_D)](x, plan.pair, plan.expert, rows, D, K, plan.height, BLOCK_D, num_warps=4)
+    return rows
+
+
+def hidden_grad_triton(dy, w2, weights, h, plan, t):
+    """dy [R, D] -> dh [R, 2F], a [R, F], dweights float32 [N, K]."""
+    (_, D, F), R = w2.shape, len(h)
     dh, a, columns = torch.empty_like(h), h.new_empty(R, F), triton.cdiv(F, t.hidden)
     part = torch.empty(columns, R, dtype=torch.float32, device=h.device)
     hidden_grad_kernel[R // t.rows * columns,](
-        dout, described(w2, 1, t.deep, t.hidden), plan.pair, plan.expert, weights, h, a, dh, part, R, D, F, K, t.rows,
-        t.hidden, t.deep, t.group, t.stages, num_warps=t.warps, **({"maxnreg": t.regs} if t.regs else {}))
+        described(dy, t.rows, t.deep), described(w2, 1, t.deep, t.hidden), plan.pair, plan.expert, weights, h, a, dh,
+        part, R, D, F, t.rows, t.hidden, t.deep, t.group, t.stages, num_warps=t.warps)
     return dh, a, weights_grad(part, plan)
 
 
@@ -300,13 +305,13 @@ def weights_grad(part, plan):
     return part.sum(0)[plan.row.clamp_min(0)].masked_fill(plan.row < 0, 0)
 
 
-def weight_grad_triton(left, x, plan, weight, turned, t):
-    """dW [E, M, N] = left^T x, rows of x gathered; or turned its transpose, dW [E, N, M]."""
-    M, D, K = left.shape[1], x.shape[1], plan.row.shape[1]
-    dw = torch.empty_like(weight)
-    weight_grad_kernel[len(weight) * triton.cdiv(M, t.rows) * triton.cdiv(D, t.wide),](
-        described(left, t.deep, t.rows), x, plan.pair, plan.start, dw, M, D, K, 1 if turned else D, M if turned else 1,
-        t.rows, t.wide, t.deep, t.stages, num_warps=t.warps)
+def weight_grad_triton(left, right, plan, weight, t, grad=None):
+    """dW [E, M, N], the sum of left^T right over the rows of each expert: left [R, M], right [R, N]; added to `grad`
+    if that is given."""
+    (E, M, N), dw = weight.shape, torch.empty_like(weight) if grad is None else grad
+    weight_grad_kernel[E * triton.cdiv(M, t.rows) * triton.cdiv(N, t.wide),](
+        described(left, t.deep, t.rows), described(right, t.deep, t.wide), plan.start, dw, M, N, grad is not None,
+        t.rows, t.wide, t.deep, t.group, t.stages, num_warps=t.warps)
     return dw
 
 
@@ -355,18 +360,18 @@ if backend.has_triton():
                          mask=(d < D)[:, None])
 
     @triton.jit
-    def rows8_kernel(a, a_scale, w, w_scale, expert, y, R, N: tl.constexpr, K: tl.constexpr, BLOCK_M: tl.constexpr,
-                     GROUP: tl.constexpr, STAGES: tl.constexpr):
+    def rows8_kernel(a, a_scale, w, w_scale, w_scale_e, w_scale_n, w_scale_k, expert, y, R, N: tl.constexpr,
+                     K: tl.constexpr, BLOCK_M: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr):
         """BLOCK_M x 128 of y = a W^T, promoted after each 128 of K: a in 1x128 tiles, W [E, N, K] in 128x128 blocks."""
         i, j = tile_of(tl.cdiv(N, 128), GROUP)
         e = tl.load(expert + i * BLOCK_M // 128)
         if e >= 0:
             r, n = (i * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64), j * 128 + tl.arange(0, 128)
             total = tl.zeros([BLOCK_M, 128], tl.float32)
-            w_scale += (e * tl.cdiv(N, 128) + j) * tl.cdiv(K, 128)
+            w_scale += e * w_scale_e + j * w_scale_n
             for k in tl.range(0, tl.cdiv(K, 128), num_stages=STAGES):
                 dot = tl.dot(a.load([i * BLOCK_M, k * 128]), w.load([e, j * 128, k * 128]).reshape(128, 128).T)
-                total += dot * (tl.load(a_scale + k * R + r) * tl.load(w_scale + k))[:, None]
+                total += dot * (tl.load(a_scale + k * R + r) * tl.load(w_scale + k * w_scale_k))[:, None]
             tl.store(y + r[:, None] * N + n[None, :], total, mask=(n < N)[None, :])
 
     @triton.jit
@@ -438,7 +443,7 @@ if backend.has_triton():
 
     @triton.jit
     def weight_grad8_kernel(left, left_scale, right, right_scale, start, dw, M: tl.constexpr, N: tl.constexpr,
-                            BLOCK_M: tl.constexpr, STAGES: tl.constexpr):
+                            ADD: tl.constexpr, BLOCK_M: tl.constexpr, STAGES: tl.constexpr):
         """BLOCK_M x 128 of dW_e = left right^T over the rows of expert e: left [M, R], right [N, R] in 1x128 tiles."""
         columns = tl.cdiv(N, 128)
         tiles = columns * tl.cdiv(M, BLOCK_M)
@@ -449,8 +454,10 @@ if backend.has_triton():
             dot = tl.dot(left.load([i * BLOCK_M, k * 128]), right.load([j * 128, k * 128]).T)
             s = tl.load(left_scale + k * M + m, mask=m < M, other=0.0)
             total += dot * (s[:, None] * tl.load(right_scale + k * N + n, mask=n < N, other=0.0)[None, :])
-        to = dw + e.to(tl.int64) * (M * N) + m[:, None] * N + n[None, :]
-        tl.store(to, total, mask=(m < M)[:, None] & (n < N)[None, :])
+        to, inside = dw + e.to(tl.int64) * (M * N) + m[:, None] * N + n[None, :], (m < M)[:, None] & (n < N)[None, :]
+        if ADD:
+            total += tl.load(to, mask=inside, other=0.0)
+        tl.store(to, total, mask=inside)
 
 
 def scales(tiles, rows, like):
@@ -477,7 +484,8 @@ def rows8_triton(a, w, plan, dtype, BLOCK_M=64, GROUP=16, STAGES=3, warps=4):
     (values, scale), (_, N, K) = a, w.values.shape
     y = torch.empty(len(values), N, dtype=dtype, device=values.device)
     rows8_kernel[len(values) // BLOCK_M * triton.cdiv(N, BLOCK),](
-        described(values, BLOCK_M, BLOCK), scale, described(w.values, 1, BLOCK, BLOCK), w.scale, plan.expert, y,
+        described(values, BLOCK_M, BLOCK), scale, described(w.values, 1, BLOCK, BLOCK), w.scale,
+        *w.scale.stride(), plan.expert, y,
         len(values), N, K, BLOCK_M, GROUP, STAGES, num_warps=warps)
     return y
 
@@ -503,12 +511,12 @@ def act8_grad_triton(da, h8, weights, plan):
     return dh, dh_turned, a_turned, weights_grad(part, plan)
 
 
-def weight_grad8_triton(left, right, plan, weight, BLOCK_M=64, STAGES=3, warps=4):
+def weight_grad8_triton(left, right, plan, weight, grad=None, BLOCK_M=64, STAGES=3, warps=4):
     """dW [E, M, N] = left right^T: left ([M, R], its scales), right ([N, R], its scales)."""
-    (E, M, N), dw = weight.shape, torch.empty_like(weight)
+    (E, M, N), dw = weight.shape, torch.empty_like(weight) if grad is None else grad
     weight_grad8_kernel[E * triton.cdiv(M, BLOCK_M) * triton.cdiv(N, BLOCK),](
         described(left[0], BLOCK_M, BLOCK), left[1], described(right[0], BLOCK, BLOCK), right[1], plan.start, dw, M, N,
-        BLOCK_M, STAGES, num_warps=warps)
+        grad is not None, BLOCK_M, STAGES, num_warps=warps)
     return dw
 
 
@@ -516,7 +524,7 @@ class Routed8(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weights, w13, w2, indices, rows, keep):
         x, weights = x.contiguous(), weights.contiguous()
-        (up, ctx.up), (down, ctx.down) = quantized(w13, False), quantized(w2, False)
+        up, down = ctx.quantized = quantized(w13, False), quantized(w2, False)
         plan, x8 = plan_triton(indices, len(w13), rows=rows), quantize_triton(x)[0]
         h = rows8_triton(gather8_triton(x8, plan)[0], up, plan, x.dtype)
         a, h8 = act8_triton(h, weights, plan, keep)
@@ -528,17 +536,20 @@ class Routed8(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dout):
         values, scale, weights, *h8 = ctx.saved_tensors
-        (w13, w2), plan, dout = ctx.parameters, ctx.plan, dout.contiguous()
+        (w13, w2), (up, down), plan, dout = ctx.parameters, ctx.quantized, ctx.plan, dout.contiguous()
         dy, dy_turned = gather8_triton(dout, plan, columns=True)
-        da = rows8_triton(dy, ctx.down, plan, dout.dtype)
+        da = rows8_triton(dy, transpose(down), plan, dout.dtype)
         dh, dh_turned, a_turned, dweights = act8_grad_triton(da, h8, weights, plan)
-        dx = sum_triton(rows8_triton(dh, ctx.up, plan, dout.dtype), plan)
+        dx = sum_triton(rows8_triton(dh, transpose(up), plan, dout.dtype), plan)
 
-        def wgrad13():
+        def wgrad13(grad=None):
             x_turned = gather8_triton(Quantized(values, scale), plan, rows=False, columns=True)[1]
-            return weight_grad8_triton(dh_turned, x_turned, plan, w13)
-        dw2 = weight_gradient(w2, lambda: weight_grad8_triton(dy_turned, a_turned, plan, w2))
-        return dx, dweights.to(weights.dtype), weight_gradient(w13, wgrad13), dw2, None, None, None
+            return weight_grad8_triton(dh_turned, x_turned, plan, w13, grad)
+
+        def wgrad2(grad=None):
+            return weight_grad8_triton(dy_turned, a_turned, plan, w2, grad)
+        dw13, dw2 = weight_gradient(w13, wgrad13, adds=True), weight_gradient(w2, wgrad2, adds=True)
+        return dx, dweights.to(weights.dtype), dw13, dw2, None, None, None
 
 
 class Routed(torch.autograd.Function):
@@ -555,11 +566,13 @@ class Routed(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dout):
         (x, weights, h), (w13, w2), plan, tiles = ctx.saved_tensors, ctx.parameters, ctx.plan, ctx.tiles
-        dout = dout.contiguous()
-        dh, a, dweights = hidden_grad_triton(dout, ctx.low[1], weights, h, plan, tiles)
+        dy = gather_triton(dout.contiguous(), plan)
+        dh, a, dweights = hidden_grad_triton(dy, ctx.low[1], weights, h, plan, tiles)
         dx = sum_triton(rows_triton(dh, ctx.low[0], plan, True, tiles), plan)
-        dw13 = weight_gradient(w13, lambda: weight_grad_triton(dh, x, plan, w13, False, tiles))
-        dw2 = weight_gradient(w2, lambda: weight_grad_triton(a, dout, plan, w2, True, tiles))
+        dw2 = weight_gradient(w2, partial(weight_grad_triton, dy, a, plan, w2, tiles), adds=True)
+        del dy, a                                                                 # before x asks for as much memory
+        dw13 = weight_gradient(
+            w13, lambda grad=None: weight_grad_triton(dh, gather_triton(x, plan), plan, w13, tiles, grad), adds=True)
         return dx, dweights.to(weights.dtype), dw13, dw2, None, None, None
 
 

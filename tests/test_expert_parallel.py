@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import GROUPS, build, lively, random_tokens, tiny
+from conftest import GPU, GROUPS, build, lively, random_tokens, tiny
 
+import fp8
 import parallel
 from configs import UserError
 from model import V3, official_tensors, target_totals
@@ -73,13 +74,15 @@ CASES = {                                     # (changes of the Config, bias of 
 }
 
 
-def run_layer(case, ranks, world, dtype):
+def run_layer(case, ranks, world, dtype, low=False):
     """Values and all gradients of one layer, whole and spread; and in three parts cut from each other, with the weight
     gradients put off."""
     (changes, bias), rank = CASES[case], ranks.rank
     whole, mine = mixture(**changes).to(dtype), mixture(**changes).to(dtype)
     for moe in (whole, mine):
         moe.gate.bias.copy_(moe.gate.bias if bias is None else torch.tensor(bias))
+        if low:
+            fp8.convert(moe, reference=True)
     spread(mine, ranks)
     N, D = 37, whole.w2.shape[1]
     x, dy = torch.randn(2, 1, N, D, dtype=dtype, generator=torch.Generator().manual_seed(7))
@@ -191,13 +194,13 @@ def run_fp8(nodes, locals, rank, between, inside):
     """V3's width, few tokens: what a dispatch in FP8 sends, against BF16, and what arrives."""
     x = torch.randn(1, 6, 7168, generator=torch.Generator().manual_seed(rank)).bfloat16()
     arrived, sent, grads = [], [], []
-    for fp8 in (False, True):
+    for low in (False, True):
         moe = MoE(tiny(dim=7168, moe_inter_dim=4, n_routed_experts=16, n_activated_experts=8, n_expert_groups=8,
                        n_limited_groups=4, n_shared_experts=0))
         torch.manual_seed(3)
         for p in moe.parameters():
             torch.nn.init.normal_(p, std=0.02)
-        ranks = ExpertRanks(nodes, locals, rank, between, inside, fp8=fp8)
+        ranks = ExpertRanks(nodes, locals, rank, between, inside, fp8=low)
         spread(moe, ranks)
         own = x.clone().requires_grad_()
         rows, there = moe.dispatch(own)
@@ -250,6 +253,7 @@ def rank_main(rank, layout, folder):
     ranks = ExpertRanks(nodes, locals, rank, between, inside)
     out = {case: run_layer(case, ranks, world, torch.float64) for case in CASES}
     out["float32"] = run_layer("groups", ranks, world, torch.float32)
+    out["experts in fp8"] = run_layer("groups", ranks, world, torch.float32, low=True)
     out["model"] = run_model(ranks, world, torch.float64)
     out["model, recomputed"] = run_model(ranks, world, torch.float64, steps=1, recompute=True)
     out["model, float32"] = run_model(ranks, world, torch.float32, steps=1)
@@ -300,6 +304,14 @@ def test_a_layer_on_many_ranks_is_the_layer_in_values_and_every_gradient(case, l
 
 
 @EVERY
+def test_experts_in_fp8_are_the_same_on_many_ranks_but_for_the_tiles_of_wgrad(layout, ranks):
+    for result in ranks[layout]:
+        numbers = result["experts in fp8"]["whole"]
+        assert max(numbers[name] for name in ("y", "x", "gate.weight")) < 1e-6, numbers
+        assert max(numbers.values()) < 0.05, numbers                           # scales are of 128 tokens of a rank
+
+
+@EVERY
 def test_a_rank_may_have_no_tokens_or_get_none_or_all(layout, ranks):
     here = {case: [result[case]["tokens here"] for result in ranks[layout]] for case in CASES}
     assert here["all to one"] == [37] + [0] * (len(ranks[layout]) - 1)         # the first has no tokens of its own
@@ -345,6 +357,36 @@ def test_an_exchange_is_waited_for_in_the_next_part_forward_and_backward(ranks):
         times = result["overlap"]
         assert times["dispatch"] < 0.5 < times["experts"]
         assert times["combine backward"] < 0.5 < times["experts backward"]
+
+
+# --- on a GPU ---------------------------------------------------------------------------------------------------------
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="needs a CUDA GPU")
+@pytest.mark.parametrize("names", [("between",), ("inside",), ("between", "inside")], ids="+".join)
+def test_on_a_gpu_a_rank_that_sends_to_itself_computes_the_layer(names, tmp_path):
+    """Thread, stream and hops, by NCCL; memory that is let go of is spoilt at once."""
+    dist.init_process_group("nccl", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        moe = mixture(dim=256, moe_inter_dim=64, **GROUPS).cuda()
+        x, dy = torch.randn(2, 1, 2000, 256, device="cuda").bfloat16()
+        results = []
+        for ranks in (None, ExpertRanks(1, 1, 0, **dict.fromkeys(names, dist.group.WORLD))):
+            moe.ranks = ranks
+            for _ in range(5 if ranks else 1):
+                moe.zero_grad()
+                own = x.clone().requires_grad_()
+                y, _ = moe(own)
+                spoilt = [torch.full_like(x, torch.nan) for _ in range(3)]
+                y.backward(dy)
+                del spoilt
+                results.append([y.detach(), own.grad, *(p.grad for p in moe.parameters())])
+        for ours in results[1:]:
+            for a, b in zip(ours, results[0]):
+                assert ((a - b).float().norm() / b.float().norm()).item() < 1e-2
+            assert all(torch.equal(a, b) for a, b in zip(ours, results[1]))
+    finally:
+        dist.destroy_process_group()
 
 
 # --- mistakes ---------------------------------------------------------------------------------------------------------

@@ -8,11 +8,14 @@
     loads       which experts work: over the steps of a training run, and on library code, tests and documentation
     decode      attention over the latent cache against torch.compile; tokens/s of generation (needs a GPU)
     attention   training attention, norm, RoPE and recomputation on a GPU: python bench.py attention
+    moe         the routed experts against torch.compile of F.grouped_mm, and a training step of bench_1b on a GPU
     fp8_error   what promotion to FP32 saves in a product of FP8 numbers, against its length K
     fp8_loss    char in FP32, BF16 and FP8 (the reference): python bench.py fp8_loss --data=FILE
-    fp8         FP8's quantization, products and Linears against torch's, at V3's shapes (needs a Hopper GPU)
     pipeline    every schedule executed with stages that sleep, against its simulation and torch.distributed.pipelining
     overlap     what a pair of DualPipe's chunks hides on one GPU: V3's blocks, copies in place of the network
+    fp8         FP8's quantization, products, Linears and optimizer against torch's, at V3's shapes (a Hopper GPU)
+    layer       one MoE layer of V3 as one GPU of 64 has it: FP8 against BF16 (a Hopper GPU)
+    fp8_quality 1000 steps of configs/gpu.py in BF16, BF16 with another seed, and FP8 (a Hopper GPU)
     readme      put the results into the README's marked places, and draw its figures (needs matplotlib)
 
 Every section runs the commands that a user would run, each in a process of its own, and records the device, the
@@ -39,10 +42,13 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import backend
+import cluster
 import configs
 import dualpipe
+import experts
 import fp8
 import mla
 import model
@@ -52,9 +58,10 @@ from backend import has_triton, use_graph
 from configs import UserError
 from data import documents, split
 from mla import LatentCache, decode_torch, decode_triton, quantize
-from model import V3, Block
+from model import V3, Block, arithmetic
 from moe import MAX_TOKENS
 from parallel import latest, read_state, write_atomic
+from train import make_optimizer
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
@@ -651,6 +658,117 @@ def attention(options):
            recomputation=recomputation())
 
 
+# --- the experts on a GPU ---------------------------------------------------------------------------------------------
+
+MOE_SHAPES = {                                # tokens, experts, chosen, dim, moe_inter_dim
+    "bench_1b": (32768, 64, 6, 1024, 512), "V2-Lite": (8192, 64, 6, 2048, 1408),
+    "4 experts of V3": (32768, 4, 1, 7168, 2048)}
+
+
+def moe_inputs(N, E, K, D, F):
+    """x, indices, gate weights, w13, w2 as training has them: BF16 tokens, FP32 masters, an even load."""
+    random = lambda *shape: torch.randn(*shape, device="cuda")
+    return random(N, D).to(torch.bfloat16), random(N, E).topk(K).indices, random(N, K).sigmoid(), \
+        random(E, 2 * F, D) * D ** -0.5, random(E, D, F) * F ** -0.5
+
+
+def grouped_experts(x, indices, weights, w13, w2):
+    """What one would write and have compiled: the rows sorted by expert, two grouped products, the rows added up."""
+    grouped_mm, silu = torch.nn.functional.grouped_mm, torch.nn.functional.silu
+    chosen, K, E = indices.flatten(), indices.shape[1], len(w13)
+    order = chosen.argsort(stable=True)
+    ends = torch.histc(chosen.float(), E, 0, E).cumsum(0).to(torch.int32)
+    a, b = grouped_mm(x[order // K], w13.to(x.dtype).transpose(1, 2), offs=ends).chunk(2, -1)
+    hidden = silu(a) * b * weights.flatten()[order].to(x.dtype)[:, None]
+    rows = grouped_mm(hidden, w2.to(x.dtype).transpose(1, 2), offs=ends)
+    return torch.zeros_like(x).index_add(0, order // K, rows)
+
+
+def moe_layer(name):
+    """Milliseconds of forward, and of forward and backward, and the bytes kept in between: casting and quantizing the
+    weights included, as if each were an optimizer step."""
+    N, E, K, D, F = MOE_SHAPES[name]
+    x, indices, *rest = moe_inputs(N, E, K, D, F)
+    leaves, dout = [t.requires_grad_() for t in (x, *rest)], torch.randn_like(x)
+    forms = {"compiled": torch.compile(grouped_experts), "Triton": experts.routed_triton,
+             "Triton, FP8": lambda *inputs: experts.routed_triton(*inputs, fp8.Recipe())}
+    out = {"name": name, "tokens": N, "experts": E, "chosen": K, "dim": D, "inter": F}
+    for form, run in forms.items():
+        def forward():
+            for w in leaves[2:]:
+                torch.autograd.graph.increment_version(w)
+            return run(leaves[0], indices, *leaves[1:])                                                # noqa: B023
+
+        def both():
+            torch.autograd.grad(forward(), leaves, dout)                                               # noqa: B023
+        times = milliseconds(forward), milliseconds(both)
+        for w in leaves[2:]:
+            vars(w).clear()                                        # the copy in BF16 or FP8 that stays with a parameter
+        before = torch.cuda.memory_allocated()
+        y = forward()
+        out[form] = {"forward_ms": times[0], "both_ms": times[1], "kept_bytes": torch.cuda.memory_allocated() - before,
+                     "tflops": 18 * N * K * D * F / times[1] / 1e9}
+        del y
+        ours, theirs = out[form], out["compiled"]
+        print(f"{name}, {form}: forward {times[0]:.2f} ms ({theirs['forward_ms'] / times[0]:.2f}x), "
+              f"both {times[1]:.2f} ms ({theirs['both_ms'] / times[1]:.2f}x, {ours['tflops']:.0f} TFLOP/s), "
+              f"keeps {ours['kept_bytes'] / 1e6:.0f} MB ({ours['kept_bytes'] / theirs['kept_bytes']:.2f}x)", flush=True)
+    return out
+
+
+def moe_products(name):
+    """The first product of the experts alone, TFLOP/s: F.grouped_mm, and ours in BF16 and FP8, with and without the
+    quantization of the activations."""
+    N, E, K, D, F = MOE_SHAPES[name]
+    x, indices, _, w13, _ = moe_inputs(N, E, K, D, F)
+    plan, w, tiles = experts.plan_triton(indices, E), w13.to(x.dtype), experts.HOPPER
+    rows = x[plan.pair.clamp_min(0) // K] * (plan.pair >= 0)[:, None]
+    packed, ends = rows[plan.pair >= 0], torch.bincount(indices.flatten(), minlength=E).cumsum(0).to(torch.int32)
+    w8, rows8 = fp8.quantized(w13, False), experts.gather8_triton(x, plan)[0]
+    rate = lambda run: 4 * N * K * D * F / milliseconds(run) / 1e9
+    out = {"name": name,
+           "grouped_mm": rate(lambda: torch.nn.functional.grouped_mm(packed, w.transpose(1, 2), offs=ends)),
+           "bf16": rate(lambda: experts.rows_triton(rows, w, plan, False, tiles)),
+           "fp8": rate(lambda: experts.rows8_triton(rows8, w8, plan, x.dtype)),
+           "fp8_quantizing": rate(lambda: experts.rows8_triton(experts.gather8_triton(x, plan)[0], w8, plan, x.dtype))}
+    print({key: value if key == "name" else round(value) for key, value in out.items()}, flush=True)
+    return out
+
+
+def training_step(precision, batch=16, steps=8):
+    """Tokens/s and peak bytes of whole training steps of configs/bench_1b.py, compiled, on random tokens."""
+    c = configs.load(["configs/bench_1b.py", f"--precision={precision}", "--bf16_head=True"])
+    torch._dynamo.reset()
+    with torch.device("cuda"):
+        v3 = V3(c).train()
+    for block in v3.layers:
+        block.compile()
+    optimizer = torch.optim.AdamW(v3.parameters(), lr=c.lr, betas=(c.beta1, c.beta2), weight_decay=c.weight_decay,
+                                  fused=True)
+    tokens, times = torch.randint(c.vocab_size, (batch, c.seq_len + 1), device="cuda"), []
+    for _ in range(steps):
+        began = time.perf_counter()
+        v3.loss(tokens, totals=([batch * c.seq_len], batch))[0].backward()
+        torch.nn.utils.clip_grad_norm_(v3.parameters(), c.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+    out = {"precision": precision, "tokens_per_s": batch * c.seq_len / statistics.median(times[steps // 2:]),
+           "peak_bytes": torch.cuda.max_memory_allocated()}
+    print(f"{precision}: {out['tokens_per_s']:,.0f} tokens/s, {out['peak_bytes'] / 1e9:.1f} GB", flush=True)
+    return out
+
+
+def moe_on_a_gpu(options):
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    path, why = backend.experts(device, torch.bfloat16, (128, 128))
+    if path != "Triton":
+        raise UserError(f"bench.py moe: a Hopper GPU with Triton is needed ({why})")
+    record("moe", "python bench.py moe", layers=[moe_layer(name) for name in MOE_SHAPES],
+           products=[moe_products(name) for name in MOE_SHAPES], steps=[training_step("bf16")])
+
+
 # --- FP8 --------------------------------------------------------------------------------------------------------------
 
 def error(y, exact):
@@ -703,7 +821,7 @@ def fp8_products(N, K, M=4096):
     """x [M, K] W [N, K]^T and dy^T x on the same FP8 operands: TFLOP/s of our kernel, cuBLASLt and BF16, and how far
     both FP8 forms are from float64."""
     x, w = torch.randn(M, K, device="cuda"), torch.randn(N, K, device="cuda")
-    a, b = fp8.quantize_triton(x)[0], fp8.blocks_triton(w[None])[0][0]
+    a, b = fp8.quantize_triton(x)[0], fp8.blocks_triton(w[None])[0]
     y, rate = x.new_empty(M, N, dtype=torch.bfloat16), lambda ms: 2 * M * N * K / ms / 1e9
     half = [t.to(torch.bfloat16) for t in (x, w)]
     exact = a[:256].dequantize().double() @ b.dequantize().double().t()
@@ -720,14 +838,15 @@ def fp8_products(N, K, M=4096):
 
 
 def fp8_linear(inner, outer, N=4096):
-    """Milliseconds of forward and backward of a Linear with an FP32 weight, quantization and casts included."""
+    """Milliseconds of forward and backward of a Linear with an FP32 weight, quantization and casts included, the
+    weight's too: as if each micro-batch were an optimizer step."""
     layer, out = fp8.Linear(inner, outer).cuda(), {"in": inner, "out": outer}
     torch.nn.init.normal_(layer.weight)
     x = torch.randn(N, inner, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     dy = torch.randn(N, outer, device="cuda", dtype=torch.bfloat16)
 
     def step():
-        torch.autograd.graph.increment_version(layer.weight)                   # as if each were an optimizer step
+        torch.autograd.graph.increment_version(layer.weight)
         torch.autograd.grad(layer(x), (x, layer.weight), dy)
     for name, recipe in (("bf16", None), ("fp8", fp8.Recipe())):
         layer.recipe = recipe
@@ -736,28 +855,211 @@ def fp8_linear(inner, outer, N=4096):
 
 
 def fp8_quantization(M=8192, K=7168):
-    """Bytes read and written per second: rows; rows and columns; rows that were kept to columns; blocks."""
+    """Bytes read and written per second: rows; rows and columns; rows that were kept to columns; blocks and their
+    transpose."""
     x, w = torch.randn(M, K, device="cuda", dtype=torch.bfloat16), torch.randn(1, M, K, device="cuda")
-    kept, rate = fp8.quantize_triton(x)[0], lambda ms, per_number: M * K * per_number / ms * 1e3
+    kept, blocks = fp8.quantize_triton(x)[0], fp8.blocks_triton(w)
+    rate = lambda ms, per_number: M * K * per_number / ms * 1e3
     return {"copy": copy_rate(), "rows": rate(milliseconds(lambda: fp8.quantize_triton(x)), 3),
             "rows_and_columns": rate(milliseconds(lambda: fp8.quantize_triton(x, columns=True)), 4),
             "kept_to_columns": rate(milliseconds(lambda: fp8.quantize_triton(kept, rows=False, columns=True)), 2),
-            "blocks": rate(milliseconds(lambda: fp8.blocks_triton(w)), 6)}
+            "blocks": rate(milliseconds(lambda: fp8.blocks_triton(w)), 5),
+            "transpose": rate(milliseconds(lambda: fp8.transpose_triton(blocks)), 2)}
+
+
+def fp8_adamw():
+    """A step of the optimizer over one V3 layer's matrices (V3_LINEARS): milliseconds, and bytes read and written per
+    second, of torch's fused AdamW and of ours with moments of both dtypes."""
+    weights = [torch.nn.Parameter(torch.randn(shape[::-1], device="cuda")) for shape in V3_LINEARS.values()]
+    for p in weights:
+        p.grad = torch.randn_like(p)
+    options, out = dict(lr=1e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1), {}
+    for name, dtype, make in (("torch, FP32", torch.float32, lambda: torch.optim.AdamW(weights, fused=True, **options)),
+                              ("ours, FP32", torch.float32, lambda: fp8.AdamW(weights, **options)),
+                              ("ours, BF16", torch.bfloat16, lambda: fp8.AdamW(weights, **options))):
+        optimizer = make()
+        for p in weights:
+            optimizer.state[p] = {"step": torch.zeros((), device="cuda" if "torch" in name else None),
+                                  "exp_avg": torch.zeros_like(p, dtype=dtype),
+                                  "exp_avg_sq": torch.zeros_like(p, dtype=dtype)}
+        ms, moved = milliseconds(optimizer.step), (12 + 4 * dtype.itemsize) * sum(p.numel() for p in weights)
+        out[name] = {"ms": ms, "bytes_per_s": moved / ms * 1e3}
+    return out
+
+
+def needs_fp8(section):
+    path, why = backend.fp8_kernels(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    if path != "Triton":
+        raise UserError(f"bench.py {section}: a Hopper GPU with Triton is needed ({why})")
 
 
 def fp8_on_a_gpu(options):
-    path, why = backend.fp8_kernels(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    if path != "Triton":
-        raise UserError(f"bench.py fp8: a Hopper GPU with Triton is needed ({why})")
+    needs_fp8("fp8")
     shown = lambda row: print({key: round(v, 5) if isinstance(v, float) else v for key, v in row.items()},
                               flush=True) or row
     quantization = shown(fp8_quantization())
     products = [shown(fp8_products(outer, inner)) for inner, outer in [*V3_LINEARS.values(), (8192, 8192)]]
     few = [shown(fp8_products(4096, 7168, M)) for M in (16, 64, 128)]
     linears = [shown({"name": name, **fp8_linear(*dims)}) for name, dims in V3_LINEARS.items()]
-    small = [shown(fp8_linear(dim, dim)) for dim in (256, 512, 1024, 2048, 4096)]          # where FP8 begins to pay
+    square = [shown(fp8_linear(dim, dim)) for dim in (256, 512, 1024, 2048, 4096, 8192)]  # where FP8 begins to pay
     record("fp8", "python bench.py fp8", quantization=quantization, products=products, few=few, linears=linears,
-           small=small)
+           square=square, adamw=shown(fp8_adamw()))
+
+
+# --- one layer of V3 as one GPU of 64 has it --------------------------------------------------------------------------
+
+class Arrive(torch.autograd.Function):
+    """Rows that other GPUs send: a buffer that comes to be now. What is the rows' gradient is sent back and gone."""
+
+    @staticmethod
+    def forward(ctx, tie, wire):
+        return wire.clone()
+
+    @staticmethod
+    def backward(ctx, drows):
+        return drows.new_zeros(()), None
+
+
+class Leave(torch.autograd.Function):
+    """Rows that are sent, and gone; their gradient arrives in backward."""
+
+    @staticmethod
+    def forward(ctx, rows, wire):
+        ctx.wire = wire
+        return rows.new_zeros(())
+
+    @staticmethod
+    def backward(ctx, _):
+        return ctx.wire.clone(), None
+
+
+class Slice(torch.nn.Module):
+    """One MoE layer of V3 on one GPU of 64: attention, norms, gate and shared expert for its own sequence, and 4 of the
+    256 experts for the rows that all GPUs send it: 8 experts a token, so as many rows as it sends itself. The rows and
+    their gradients come from `wire`, which stands for the network, and cost a copy."""
+
+    def __init__(self, c, experts=4):
+        super().__init__()
+        with torch.device("meta"):
+            self.block = Block(c, dense=False)
+            ffn = self.block.ffn
+            ffn.w13, ffn.w2 = (torch.nn.Parameter(w[:experts]) for w in (ffn.w13, ffn.w2))
+        if c.precision == "fp8":
+            fp8.convert(self.block)
+        self.to_empty(device="cuda")
+        for p in self.parameters():
+            torch.nn.init.normal_(p, std=0.006) if p.ndim > 1 else torch.nn.init.ones_(p)
+        ffn.gate.bias.zero_()
+        rows = c.seq_len * c.n_activated_experts
+        random = lambda *shape: torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
+        self.wire, self.gates = [random(rows, c.dim) for _ in range(2)], torch.rand(rows, device="cuda").bfloat16()
+        self.x, self.dy, self.rope = random(1, c.seq_len, c.dim), random(1, c.seq_len, c.dim), mla.rope_table(c).cuda()
+        self.load = torch.full((experts,), rows // experts, device="cuda")
+
+    def forward(self):
+        """-> (the tensors that backward begins from, their gradients)."""
+        ffn = self.block.ffn
+        h, x = self.block.attention(self.x.requires_grad_(), self.rope[:self.x.shape[1]])
+        routing = ffn.gate(x)
+        tie = torch.zeros((), device="cuda", requires_grad=True)
+        rows = moe.grouped_linear(Arrive.apply(tie, self.wire[0]), ffn.w13, self.load, ffn.recipe)
+        down = lambda rows: moe.grouped_linear(rows, ffn.w2, self.load, ffn.recipe, self.gates)
+        # FP8 makes the SwiGLU again in backward, so the other side does as well.
+        rows = down(rows) if ffn.recipe else checkpoint(down, rows, use_reentrant=False)
+        sent = Leave.apply(rows, self.wire[1])
+        del rows
+        roots = h + ffn.shared(x), routing.weights, routing.balance, sent
+        return roots, (self.dy, routing.weights.detach(), None, None)
+
+
+def layer_in(precision, moments):
+    """A step (forward, backward, optimizer) of the Slice: milliseconds, the peak of memory, and what it is made of."""
+    c = configs.load(["configs/v3_671b.py", "--recompute_mla=True", f"--precision={precision}", f"--moments={moments}"])
+    torch.cuda.empty_cache()
+    nothing = torch.cuda.memory_allocated()
+    part = Slice(c).train()
+    optimizer, weights = make_optimizer(c, part), list(part.parameters())
+    wire, size = sum(t.nbytes for t in part.wire), lambda tensors: sum(t.nbytes for t in tensors)
+    held = lambda: torch.cuda.memory_allocated() - nothing - wire
+    bytes_ = {"weights": size(weights), "moments": size(t for s in optimizer.state.values() for t in s.values()
+                                                        if t.is_cuda and t.ndim)}
+
+    def step():
+        torch.autograd.backward(*part())
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        part.x.grad = None
+    step()
+    bytes_["FP8 copies"] = size(t for p in weights if hasattr(p, "fp8") for t in (p.fp8[1].values, p.fp8[1].scale))
+    before = held()
+    roots = part()
+    bytes_["saved activations"] = held() - before
+    torch.autograd.backward(*roots)
+    del roots
+    bytes_["gradients"] = size(p.grad for p in weights if p.grad is not None)
+    optimizer.zero_grad(set_to_none=True)
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    peak = torch.cuda.max_memory_allocated() - nothing - wire
+    ms = milliseconds(step)
+    out = {"precision": precision, "moments": moments, "parameters": sum(p.numel() for p in weights), "ms": ms,
+           "tokens_per_s": c.seq_len / ms * 1e3, "peak_bytes": peak, "bytes": bytes_}
+    rows = part.wire[0].shape[0]
+    expert = part.block.ffn.w13.numel() + part.block.ffn.w2.numel()
+    products = c.seq_len * (sum(p.numel() for p in weights) - expert) + rows * expert // len(part.load)
+    attention = 2 * c.n_heads * (c.qk_head_dim + c.v_head_dim) * (c.seq_len + 1) / 2 * c.seq_len
+    out["flops"] = 6 * products + 3 * attention
+    out["tflops"] = out["flops"] / ms / 1e9
+    out["gpu_hours_per_trillion_tokens"] = 1e12 * arithmetic(c)["flops"] / (out["tflops"] * 1e12) / 3600
+    print({k: round(v, 3) if isinstance(v, float) else v for k, v in out.items()}, flush=True)
+    return out
+
+
+def layer(options):
+    needs_fp8("layer")
+    runs = [layer_in("bf16", "fp32"), layer_in("fp8", "bf16")]
+    record("layer", "python bench.py layer", runs=runs, speedup=runs[0]["ms"] / runs[1]["ms"],
+           memory=runs[1]["peak_bytes"] / runs[0]["peak_bytes"])
+
+
+# --- the quality of FP8 -----------------------------------------------------------------------------------------------
+
+def torch_sources(folder):
+    """The Python sources of the installed torch, some 45 MB of text that every machine of ours has, as a folder."""
+    root = Path(torch.__file__).parent
+    for path in root.rglob("*.py"):
+        target = Path(folder) / path.relative_to(root)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, target)
+    return folder
+
+
+def fp8_quality(options):
+    """configs/gpu.py with BF16, with BF16 and another seed (what a difference may be worth), and with FP8 and moments
+    in BF16, at the same time on one GPU: the training loss, and its mean over the last 100 steps."""
+    needs_fp8("fp8_quality")
+    jobs = {"BF16": ["--precision=bf16"], "BF16, another seed": ["--precision=bf16", "--seed=1338"],
+            "FP8": ["--precision=fp8", "--moments=bf16"]}
+    with tempfile.TemporaryDirectory() as folder:
+        data = options.get("data") or torch_sources(f"{folder}/torch")
+
+        def one(job):
+            number, (name, changes) = job
+            out_dir = f"{folder}/{number}"
+            train("configs/gpu.py", f"--data={data}", *changes, "--eval_interval=0", "--save_interval=0",
+                  f"--out_dir={out_dir}", OMP_NUM_THREADS="4")
+            rows, evals = lines(out_dir)
+            return {"name": name, "changes": changes, "loss": statistics.mean(r["loss"] for r in rows[-100:]),
+                    "val_loss": evals[-1]["val_loss"], "seconds": rows[-1]["time"],
+                    "tokens_per_s": statistics.median(r["tokens_per_s"] for r in rows),
+                    "curve": [round(r["loss"], 5) for r in rows]}
+        with ThreadPoolExecutor(len(jobs)) as pool:
+            runs = list(pool.map(one, enumerate(jobs.items())))
+        state = read_state(latest(f"{folder}/0"))
+    for run in runs:
+        run["difference"] = run["loss"] / runs[0]["loss"] - 1
+        print({k: v for k, v in run.items() if k != "curve"}, flush=True)
+    record("fp8_quality", "python bench.py fp8_quality", data=state["data"], runs=runs)
 
 
 # --- pipelines of stages that sleep -----------------------------------------------------------------------------------
@@ -1002,14 +1304,27 @@ def load(section):
     return json.loads(path.read_text()) if path.exists() else None
 
 
+def clusters():
+    """V3's own 2048 GPUs under each schedule, as cluster.py plans them."""
+    v3 = configs.read(HERE / "configs/v3_671b.py")
+    v3 = configs.Config(**{key: value for key, (value, _) in v3.items()}).replace(precision="fp8", moments="bf16")
+    a, lines = arithmetic(v3), ["| schedule | a step, s | bubble | exchanges hidden, s | exposed | tokens/s a GPU | "
+                                "weights, gradients, moments, GB | activations |", "|---|---|---|---|---|---|---|---|"]
+    for kind in dualpipe.KINDS:
+        n, _ = cluster.plan(v3, kind, 16, 128, 64, a=a)
+        lines.append(f"| {kind} | {n['step']:.1f} | {n['bubble']:.1%} | {n['hidden']:.1f} | {n['exposed']:.1f} | "
+                     f"{n['tokens_per_s']:,.0f} | {n['weights'] / 1e9:.0f} | {n['activations'] / 1e9:.0f} |")
+    return "\n".join(lines)
+
+
 def tables():
     """{name of a marked place in the README: its text}, from the committed results."""
     t, c, a, d, s = load("tiny"), load("char"), load("ablations"), load("decode"), load("speculation")
-    attention, low = load("attention"), load("fp8_loss")
+    attention, low, p = load("attention"), load("fp8_loss"), load("pipeline")
     mean = lambda runs, key: statistics.mean(r[key] for r in runs)
     spread = lambda runs, key: statistics.stdev(r[key] for r in runs) if len(runs) > 1 else 0.0
     vio = lambda runs: f"{mean(runs, 'max_vio'):.2f}" if mean(runs, "max_vio") else "-"
-    out = {"dualpipe": f"```\n{dualpipe.table(dualpipe.parse([]))}\n```"}
+    out = {"dualpipe": f"```\n{dualpipe.table(dualpipe.parse([]))}\n```", "cluster": clusters()}
     if t:
         out["tiny"] = (
             f"| | |\n|---|---|\n| time, process start to last line | {t['seconds'] / 60:.1f} minutes "
@@ -1074,6 +1389,18 @@ def tables():
             "|---|---|---|---|",
             *(f"| {name} | {', '.join(f'{x:.4f}' for x in of(key, 'loss'))} | {against(key):+.2%} | "
               f"{', '.join(f'{x:.4f}' for x in of(key, 'val_loss'))} |" for key, name in names.items())])
+    if p:
+        cell = lambda r: "" if r is None else f"{min(r['measured']):.2f}" + (
+            f" ({min(r['measured']) / r['simulated'] - 1:+.1%})" if "simulated" in r else "")
+        find = lambda name, ranks: next((r for r in p["rows"] if (r["schedule"], r["ranks"]) == (name, ranks)), None)
+        theirs = {"1f1b": "Schedule1F1B", "dualpipev": "ScheduleDualPipeV", "zbv": "ScheduleZBVZeroBubble"}
+        out["pipeline"] = "\n".join([
+            "| schedule | 4 ranks, 10 micro-batches: simulated, s | ours | torch's "
+            "| 8 ranks, 20 micro-batches: simulated | ours | torch's |", "|---|---|---|---|---|---|---|",
+            *(f"| {kind} | " + " | ".join(
+                f"{'%.2f' % r['simulated'] if (r := find(kind, ranks)) else ''} | {cell(r)} | "
+                f"{cell(find(theirs.get(kind), ranks))}" for ranks in (4, 8)) + " |"
+              for kind in (*dualpipe.KINDS, "zbv"))])
     if s:
         out["speculation"] = "\n".join([
             "| drafts | of them accepted | tokens per forward pass | time of the drafts / of a plain step | tokens/s | "
@@ -1148,8 +1475,9 @@ def readme(options):
 
 
 SECTIONS = {"tiny": tiny, "char": char, "ablations": ablations, "speculation": speculation, "loads": loads,
-            "attention": attention, "decode": decode, "fp8_error": fp8_error, "fp8_loss": fp8_loss,
-            "fp8": fp8_on_a_gpu, "pipeline": pipeline, "overlap": overlap, "readme": readme}
+            "attention": attention, "decode": decode, "moe": moe_on_a_gpu, "fp8_error": fp8_error, "fp8_loss": fp8_loss,
+            "fp8": fp8_on_a_gpu, "layer": layer, "fp8_quality": fp8_quality, "pipeline": pipeline, "overlap": overlap,
+            "readme": readme}
 
 
 def main(argv):

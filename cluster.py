@@ -64,8 +64,8 @@ def kept_bytes(c):
 def plan(c, kind, pp, dp, ep, cluster=None, a=None):
     """A step of the Config on pp * dp GPUs: dp pipelines of a `kind`, every MoE layer's experts spread over ep ranks.
 
-    -> (dict of numbers: seconds, bytes and shares, of one rank; [(what, text)] to print). a: arithmetic(c), if it is
-    known already. UserError where there is no such pipeline.
+    -> (dict of numbers: seconds, bytes and shares, of one rank; [(what, text)] to print). UserError where there is no
+    such pipeline. a: arithmetic(c), where it is known.
     """
     cluster, a = cluster or Cluster(), a or arithmetic(c)
     fp8, tokens = c.precision.startswith("fp8"), c.micro_batch_size * c.seq_len

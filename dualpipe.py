@@ -28,9 +28,10 @@ than its own work. With I = B - W:
               again in 2n-1 I's, and a W: (n-1)(FB + 2I) + 2B, of which the fold's rank works 2n B: (n-1)(F + FB - 2W)
 
 1F1B and ZB1P want M >= P. The last two want that no rank waits anywhere else: in simulation ZB1P for W <= I and W <= F,
-DualPipe for W <= I <= F and F, B <= FB <= F + B; it is then the largest bubble of the ranks, and every rank's at FB = F+B
-(else those that run more pairs work less). Published is (P/2-1)(FB + B - 3W), the same for I = F and only then. For all
-other durations ask `simulate`. The price: parameters twice, and PP+1 activations on each rank; 1F1B has PP-r on rank r.
+DualPipe for W <= I <= F and a pair that takes as long as either part of it at least, and as both at most. It is then
+the largest bubble of the ranks, and every rank's at FB = F+B (else those that run more pairs work less). Published is
+(P/2-1)(FB + B - 3W), the same for I = F and only then. For all other durations ask `simulate`. The price: parameters
+twice, and PP+1 activations on each rank; 1F1B has PP-r on rank r.
 
 Words: P ranks, r a rank, M micro-batches, n ranks from an end to the fold, m micro-batches per direction; F, B, W, FB,
 p2p durations of a forward, a backward, its W part, a pair, and of sending a tensor to a neighbour.

@@ -217,25 +217,33 @@ if backend.has_triton():
                      mask=(k < K)[:, None] & (m < M)[None, :])
 
     @triton.jit
-    def blocks_kernel(w, q, q_scale, t, t_scale, M, K, q_stride, t_stride):
-        """One 128x128 block of one of E matrices, and the same transposed."""
+    def blocks_kernel(w, q, q_scale, M, K, q_stride):
+        """One 128x128 block of one of E matrices."""
         i, j, e = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
         m, k = i * 128 + tl.arange(0, 128), j * 128 + tl.arange(0, 128)
         inside = (m < M)[:, None] & (k < K)[None, :]
         block = tl.load(w + e * M * K + m.to(tl.int64)[:, None] * K + k[None, :], mask=inside, other=0.0).to(tl.float32)
         scale = scale_of(tl.max(tl.where(block == block, tl.abs(block), float("inf"))), False)
-        block = to_e4m3(block, scale)
         tl.store(q_scale + (e * tl.num_programs(0) + i) * tl.num_programs(1) + j, scale)
-        tl.store(t_scale + (e * tl.num_programs(1) + j) * tl.num_programs(0) + i, scale)
-        tl.store(q + e * M * q_stride + m.to(tl.int64)[:, None] * q_stride + k[None, :], block, mask=inside)
-        tl.store(t + e * K * t_stride + k.to(tl.int64)[:, None] * t_stride + m[None, :], block.T,
-                 mask=(k < K)[:, None] & (m < M)[None, :])
+        tl.store(q + e * M * q_stride + m.to(tl.int64)[:, None] * q_stride + k[None, :], to_e4m3(block, scale),
+                 mask=inside)
+
+    @triton.jit
+    def transpose_kernel(q, t, M, K, q_matrix, q_stride, t_matrix, t_stride):
+        """One 128x128 block of one of E matrices, written the other way round."""
+        m, k = tl.program_id(0) * 128 + tl.arange(0, 128), tl.program_id(1) * 128 + tl.arange(0, 128)
+        q += tl.program_id(2).to(tl.int64) * q_matrix
+        t += tl.program_id(2).to(tl.int64) * t_matrix
+        inside = (m < M)[:, None] & (k < K)[None, :]
+        block = tl.load(q + m.to(tl.int64)[:, None] * q_stride + k[None, :], mask=inside, other=0.0)
+        tl.store(t + k.to(tl.int64)[:, None] * t_stride + m[None, :], block.T, mask=(k < K)[:, None] & (m < M)[None, :])
 
     @triton.jit
     def gemm_kernel(a, b, y, a_scale, b_scale, M, N, K, y_stride, a_scale_m, a_scale_k, b_scale_m, b_scale_k,
-                    BLOCKS: tl.constexpr, BLOCK_M: tl.constexpr, GROUP: tl.constexpr):
-        """BLOCK_M x 128 of y. A tile of 64 rows leaves room for three programs on a multiprocessor: while one scales
-        and adds, the others multiply. GROUP tiles of rows at a time walk over all columns, to find B in the cache."""
+                    BLOCKS: tl.constexpr, ADD: tl.constexpr, BLOCK_M: tl.constexpr, GROUP: tl.constexpr):
+        """BLOCK_M x 128 of y, or of what is added to y. A tile of 64 rows leaves room for three programs on a
+        multiprocessor: while one scales and adds, the others multiply. GROUP tiles of rows at a time walk over all
+        columns, to find B in the cache."""
         rows, columns = tl.cdiv(M, BLOCK_M), tl.cdiv(N, 128)
         group = tl.program_id(0) // (GROUP * columns)
         height = min(rows - group * GROUP, GROUP)
@@ -251,7 +259,11 @@ if backend.has_triton():
             else:
                 t = tl.load(b_scale + n * b_scale_m + k * b_scale_k, mask=n < N, other=0.0)
                 total += dot * (s[:, None] * t[None, :])
-        tl.store(y + m.to(tl.int64)[:, None] * y_stride + n[None, :], total, mask=(m < M)[:, None] & (n < N)[None, :])
+        inside = (m < M)[:, None] & (n < N)[None, :]
+        y += m.to(tl.int64)[:, None] * y_stride + n[None, :]
+        if ADD:
+            total += tl.load(y, mask=inside, other=0.0)
+        tl.store(y, total, mask=inside)
 
 
 def quantize_triton(x, pow2=False, rows=True, columns=False):
@@ -271,24 +283,32 @@ def quantize_triton(x, pow2=False, rows=True, columns=False):
 
 
 def blocks_triton(w):
-    """w [E, out, in] -> (W, W^T) in 128x128 blocks; the bits are quantize_torch's."""
+    """w [E, out, in] -> Quantized in 128x128 blocks; the bits are quantize_torch's."""
     (E, M, K), w = w.shape, w.contiguous()
-    m, k, make = triton.cdiv(M, BLOCK), triton.cdiv(K, BLOCK), lambda *shape: torch.empty(*shape, device=w.device)
-    q, t = Quantized(empty(E, M, K, device=w.device), make(E, m, k)), Quantized(empty(E, K, M, device=w.device),
-                                                                                make(E, k, m))
-    blocks_kernel[m, k, E](w, q.values, q.scale, t.values, t.scale, M, K, q.values.stride(1), t.values.stride(1),
-                           num_warps=8)
-    return q, t
+    m, k = triton.cdiv(M, BLOCK), triton.cdiv(K, BLOCK)
+    q = Quantized(empty(E, M, K, device=w.device), torch.empty(E, m, k, device=w.device))
+    blocks_kernel[m, k, E](w, q.values, q.scale, M, K, q.values.stride(1), num_warps=8)
+    return q
 
 
-def gemm_triton(a, b, y):
-    """gemm_torch into y [M, N]; the operands' rows begin at multiples of 16 bytes (quantize_triton, blocks_triton)."""
+def transpose_triton(q):
+    """Quantized [E, M, K] in blocks -> its transpose [E, K, M], K-major for Dgrad."""
+    E, M, K = q.values.shape
+    t = empty(E, K, M, device=q.values.device)
+    transpose_kernel[triton.cdiv(M, BLOCK), triton.cdiv(K, BLOCK), E](
+        q.values.view(torch.uint8), t.view(torch.uint8), M, K, *q.values.stride()[:2], *t.stride()[:2], num_warps=8)
+    return Quantized(t, q.scale.mT)
+
+
+def gemm_triton(a, b, y, add=False):
+    """gemm_torch into y [M, N], or added to it; the operands' rows begin at multiples of 16 bytes (quantize_triton,
+    blocks_triton)."""
     (M, K), N, BLOCK_M = a.values.shape, len(b.values), 64
     a8, b8 = (TensorDescriptor(q.values, list(q.values.shape), list(q.values.stride()), [rows, BLOCK])
               for q, rows in ((a, BLOCK_M), (b, BLOCK)))
     # One row of b is both a row and a block, and then either reading is right.
     gemm_kernel[triton.cdiv(M, BLOCK_M) * triton.cdiv(N, BLOCK),](
-        a8, b8, y, a.scale, b.scale, M, N, K, y.stride(0), *a.scale.stride(), *b.scale.stride(), len(b.scale) < N,
+        a8, b8, y, a.scale, b.scale, M, N, K, y.stride(0), *a.scale.stride(), *b.scale.stride(), len(b.scale) < N, add,
         BLOCK_M, GROUP=16, num_warps=4)
     return y
 
@@ -337,19 +357,118 @@ def quantize_both(x, reference=False):
 
 
 def quantize_blocks(w, reference=False):
-    """w [E, out, in] -> (W [E, out, in], W^T [E, in, out]), Quantized in 128x128 blocks."""
-    if fast(w, reference):
-        return blocks_triton(w)
-    w = quantize_torch(w, BLOCK)
-    return w, w.mT
+    """w [E, out, in] -> Quantized in 128x128 blocks."""
+    return blocks_triton(w) if fast(w, reference) else quantize_torch(w, BLOCK)
 
 
-def gemm(a, b, y, reference=False):
-    """gemm_torch into y [M, N], in y's dtype. At V3's shapes cuBLASLt reached 1016-1176 TFLOP/s on an H100 and a kernel
-    like ours 835-918, so cuBLASLt goes first where it has the product."""
+def transpose(q, reference=False):
+    """Quantized [E, out, in] in blocks -> [E, in, out]: W^T for Dgrad. Hopper reads FP8 along the contraction only, so
+    the bytes are moved, each time: 2 bytes of traffic per weight and micro-batch, where a copy would be 1 of memory."""
+    return transpose_triton(q) if fast(q.values, reference) else q.mT
+
+
+def gemm(a, b, y, reference=False, add=False):
+    """gemm_torch into y [M, N], in y's dtype; add: y + gemm_torch, for a weight's gradient (y FP32). At V3's
+    shapes cuBLASLt reached 1016-1176 TFLOP/s on an H100 and a kernel like ours 835-918, so cuBLASLt goes first where it
+    has the product."""
     if not fast(y, reference):
-        return y.copy_(gemm_torch(a, b, y.dtype))
-    return (gemm_cublas if takes_cublas(a, b, y) else gemm_triton)(a, b, y)
+        product = gemm_torch(a, b, y.dtype)
+        return y.add_(product) if add else y.copy_(product)
+    return gemm_triton(a, b, y, add) if add or not takes_cublas(a, b, y) else gemm_cublas(a, b, y)
+
+
+# --- SwiGLU, between the two products of an FFN -----------------------------------------------------------------------
+
+def swiglu_torch(h, gate=None):
+    """silu(a) * b for h = [a, b], of each row times its gate weight: h [R, 2F], plain or Quantized, gate [R] or None
+    -> float32 [R, F]."""
+    a, b = (h.dequantize() if isinstance(h, Quantized) else h.to(torch.float32)).chunk(2, -1)
+    y = F.silu(a) * b
+    return y if gate is None else y * gate.to(torch.float32)[:, None]
+
+
+def swiglu_backward_torch(h, dy, gate=None):
+    """The gradients of swiglu_torch for h Quantized [R, 2F], dy [R, F] -> (dh [R, 2F], dgate [R] or None), each in its
+    tensor's dtype (dh in dy's)."""
+    (a, b), g = h.dequantize().chunk(2, -1), dy.to(torch.float32)
+    s = a.sigmoid()
+    dgate = None if gate is None else (g * a * s * b).sum(1).to(gate.dtype)
+    g = g if gate is None else g * gate.to(torch.float32)[:, None]
+    return torch.cat([g * b * (s + a * s * (1 - s)), g * a * s], -1).to(dy.dtype), dgate
+
+
+if backend.has_triton():
+    @triton.jit
+    def swiglu_backward_kernel(h, h_scale, dy, gate, dh, dgate, R, F, h_stride, h_scale_m, h_scale_k,
+                               GATED: tl.constexpr, BLOCK_R: tl.constexpr):
+        """BLOCK_R rows: h read in 8 bits, its gradient written, the gate's summed on the way."""
+        r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+        total = tl.zeros([BLOCK_R], tl.float32)
+        for start in range(0, F, 128):
+            f = start + tl.arange(0, 128)
+            inside = (r < R)[:, None] & (f < F)[None, :]
+            at, scale_at = r[:, None] * h_stride + f[None, :], r[:, None] * h_scale_m
+            a = tl.load(h + at, mask=inside, other=0.0).to(tl.float32) \
+                * tl.load(h_scale + scale_at + (f // 128)[None, :] * h_scale_k, mask=inside, other=0.0)
+            b = tl.load(h + at + F, mask=inside, other=0.0).to(tl.float32) \
+                * tl.load(h_scale + scale_at + ((f + F) // 128)[None, :] * h_scale_k, mask=inside, other=0.0)
+            g = tl.load(dy + r[:, None] * F + f[None, :], mask=inside, other=0.0).to(tl.float32)
+            s = tl.sigmoid(a)
+            if GATED:
+                total += tl.sum(g * a * s * b, 1)
+                g *= tl.load(gate + r, mask=r < R, other=0.0).to(tl.float32)[:, None]
+            at = r[:, None] * (2 * F) + f[None, :]
+            tl.store(dh + at, g * b * (s + a * s * (1 - s)), mask=inside)
+            tl.store(dh + at + F, g * a * s, mask=inside)
+        if GATED:
+            tl.store(dgate + r, total, mask=r < R)
+
+
+def swiglu_backward_triton(h, dy, gate=None):
+    """swiglu_backward_torch in one pass; dy contiguous."""
+    (R, F_), BLOCK_R = dy.shape, 16
+    dh, dgate = dy.new_empty(R, 2 * F_), None if gate is None else torch.empty_like(gate)
+    swiglu_backward_kernel[triton.cdiv(R, BLOCK_R),](
+        h.values, h.scale, dy, dy if gate is None else gate, dh, dy if gate is None else dgate, R, F_,
+        h.values.stride(0), *h.scale.stride(), gate is not None, BLOCK_R, num_warps=4)
+    return dh, dgate
+
+
+def swiglu_backward(h, dy, gate=None, reference=False):
+    return (swiglu_backward_triton if fast(dy, reference) else swiglu_backward_torch)(h, dy, gate)
+
+
+# --- what attention's Linear keeps ------------------------------------------------------------------------------------
+
+if backend.has_triton():
+    @triton.jit
+    def e5m6_kernel(x, q, q_scale, M, K, x_stride, BLOCK_M: tl.constexpr):
+        m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+        k = tl.program_id(1) * 128 + tl.arange(0, 128)
+        inside = (m < M)[:, None] & (k < K)[None, :]
+        tile = tl.load(x + m[:, None] * x_stride + k[None, :], mask=inside, other=0.0).to(tl.float32)
+        amax = tl.max(tl.where(tile == tile, tl.abs(tile), float("inf")), 1)
+        scale = tl.maximum(tl.div_rn(amax, 65024.0), 1.1754943508222875e-38)
+        scale = (((scale.to(tl.int32, bitcast=True) + 0x7FFFFF) >> 23) << 23).to(tl.float32, bitcast=True)
+        good = amax < float("inf")
+        tile = tl.where(good[:, None], tile * tl.div_rn(1.0, scale)[:, None], 0.0)
+        exponent = tl.maximum(((tile.to(tl.int32, bitcast=True) >> 23) & 255) - 127, -14)
+        large = ((exponent - 6 + 127) << 23).to(tl.float32, bitcast=True) * 12582912.0
+        tl.store(q + m[:, None] * K + k[None, :], ((tile + large) - large).to(tl.float16), mask=inside)
+        tl.store(q_scale + tl.program_id(1) * M + m, tl.where(good, scale, float("nan")), mask=m < M)
+
+
+def e5m6_triton(x):
+    """quantize_torch(x, fmt=E5M6, pow2=True) of x [M, K] in one pass, bit for bit."""
+    x = x if x.stride(1) == 1 else x.contiguous()
+    (M, K), k = x.shape, triton.cdiv(x.shape[1], BLOCK)
+    q = Quantized(torch.empty(M, K, dtype=torch.float16, device=x.device), torch.empty(k, M, device=x.device).t())
+    e5m6_kernel[triton.cdiv(M, 32), k](x, q.values, q.scale, M, K, x.stride(0), 32)
+    return q
+
+
+def e5m6(x, reference=False):
+    return e5m6_triton(x) if fast(x, reference) else quantize_torch(x, fmt=E5M6, pow2=True)
 
 
 # --- Fprop, Dgrad, Wgrad ----------------------------------------------------------------------------------------------
@@ -366,12 +485,12 @@ class Recipe:
 
 
 def quantized(weight, reference):
-    """quantize_blocks of a parameter [out, in] or [E, out, in], made once per optimizer step: it stays with the
-    parameter until somebody writes to that."""
+    """quantize_blocks of a parameter [out, in] or [E, out, in], as a stack, made once per optimizer step: it stays with
+    the parameter until somebody writes to that."""
     key = weight._version, weight.data_ptr(), reference
     if getattr(weight, "fp8", (None,))[0] != key:
-        weight.fp8 = key, *quantize_blocks(weight.detach().view(-1, *weight.shape[-2:]), reference)
-    return weight.fp8[1:]
+        weight.fp8 = key, quantize_blocks(weight.detach().view(-1, *weight.shape[-2:]), reference)
+    return weight.fp8[1]
 
 
 def busy(ends):
@@ -379,71 +498,89 @@ def busy(ends):
     return [(e, slice(start, end)) for e, (start, end) in enumerate(zip([0, *ends], ends)) if end > start]
 
 
-def weight_gradient(weight, compute):
+def weight_gradient(weight, compute, adds=False):
     """compute(), the gradient of a parameter, for its autograd function to return; or None where the parameter has a
-    list as `queue`: then a closure that computes it and adds it to weight.grad goes there."""
+    `queue`: then a closure that computes it and adds it to weight.grad goes there.
+
+    adds: compute(grad) adds to a gradient that is there, in FP32 and inside the product. That is only for a queue. What
+    autograd asks for may end in .grad, or be what torch.autograd.grad returns, or have to pass a hook first: it can't
+    tell us which, so it gets a tensor of its own. That costs nothing where there is no gradient yet (it becomes
+    .grad), and a pass over memory where there is: who accumulates over micro-batches attaches a queue (see AtOnce).
+    """
     queue = getattr(weight, "queue", None)
     if queue is None:
         return compute()
 
     def later():
-        grad = compute()
-        weight.grad = grad if weight.grad is None else weight.grad.add_(grad)
+        if weight.grad is None:
+            weight.grad = compute()
+        elif adds:
+            compute(weight.grad)
+        else:
+            weight.grad.add_(compute())
 
     queue.append(later)
 
 
-class Products(torch.autograd.Function):
-    """y_r = W_e before(x)_r for the rows r of expert e (figure 6), rows sorted by expert.
+class AtOnce:
+    """A queue that puts nothing off: for parameters whose gradient only ever goes to .grad by backward()."""
 
-    x [R, ...], weight float32 [E, out, in], or [out, in] for one expert with all the rows, ends: for each expert the
-    end of its rows -> [R, out] in x's dtype. before(x, *extra) -> [R, in] is made again in backward from what is kept
-    of x; None: x itself.
+    def append(self, closure):
+        closure()
+
+
+class Products(torch.autograd.Function):
+    """y_r = W_e x_r for the rows r of expert e (figure 6), rows sorted by expert.
+
+    x [R, in], weight float32 [E, out, in], or [out, in] for one expert with all the rows, ends: for each expert the
+    end of its rows -> [R, out] in x's dtype. swiglu: x is [R, 2 in], and its SwiGLU, times the rows' gate weights [R]
+    if they are given, is multiplied; x is what is kept, and the SwiGLU made again in backward.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, ends, recipe, before, *extra):
-        a = quantize(before(x, *extra) if before else x, recipe.pow2, recipe.reference)
-        # W^T of this forward pass, and the parameter itself, on which a queue may hang.
-        (w, ctx.w), ctx.weight, y = quantized(weight, recipe.reference), weight, x.new_empty(len(x), weight.shape[-2])
+    def forward(ctx, x, weight, ends, recipe, swiglu=False, gate=None):
+        a = quantize(swiglu_torch(x, gate) if swiglu else x, recipe.pow2, recipe.reference)
+        w, y = quantized(weight, recipe.reference), x.new_empty(len(x), weight.shape[-2])
         for e, rows in busy(ends):
             gemm(a[rows], w[e], y[rows], recipe.reference)
         if any(ctx.needs_input_grad):
             if recipe.kept is not E4M3:
-                a = quantize_torch(x, fmt=recipe.kept, pow2=recipe.pow2)
-            elif before:
+                a = e5m6(x, recipe.reference)
+            elif swiglu:
                 a = quantize(x, recipe.pow2, recipe.reference)
-            ctx.save_for_backward(a.values, a.scale, *extra)
-            ctx.ends, ctx.recipe, ctx.before = ends, recipe, before
+            ctx.save_for_backward(a.values, a.scale, gate)
+            # The W of this forward pass, and the parameter itself, on which a queue may hang.
+            ctx.w, ctx.weight, ctx.ends, ctx.recipe, ctx.swiglu = w, weight, ends, recipe, swiglu
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        values, scale, *extra = ctx.saved_tensors
-        weight, ends, before, recipe, a = ctx.weight, ctx.ends, ctx.before, ctx.recipe, Quantized(values, scale)
-        if before:
-            inputs = [t.detach().requires_grad_() for t in (a.dequantize().to(dy.dtype), *extra)]
-            with torch.enable_grad():
-                a = before(*inputs)                                                           # [R, in]
-        dy_columns, da = {}, dy.new_empty(len(dy), weight.shape[-1])
+        values, scale, gate = ctx.saved_tensors
+        weight, ends, recipe, swiglu, dgate = ctx.weight, ctx.ends, ctx.recipe, ctx.swiglu, None
+        x, dy_columns, dx = Quantized(values, scale), {}, dy.new_empty(len(dy), weight.shape[-1])
+        w = transpose(ctx.w, recipe.reference)
         for e, rows in busy(ends):
             dy8, dy_columns[e] = quantize_both(dy[rows], recipe.reference)
-            gemm(dy8, ctx.w[e], da[rows], recipe.reference)
-        dx, *d_extra = torch.autograd.grad(a, inputs, da) if before else [da]
-        a = a.detach() if before else a
-        dw = weight_gradient(weight, lambda: wgrad(weight, dy_columns, a, ends, recipe))
-        return dx, dw, None, None, None, *d_extra
+            gemm(dy8, w[e], dx[rows], recipe.reference)
+        del w                                                                         # before Wgrad asks for its memory
+        if swiglu:
+            dx, dgate = swiglu_backward(x, dx, gate, recipe.reference)
+        dw = lambda grad=None: wgrad(weight, dy_columns, x, ends, recipe, swiglu, gate, grad)
+        return dx, weight_gradient(weight, dw, adds=True), None, None, None, dgate
 
 
-def wgrad(weight, dy_columns, a, ends, recipe):
-    """Wgrad, dW_e = dy_e^T a_e: dy_columns {busy expert: Quantized [out, its rows]}, a [R, in], plain or Quantized in
-    1x128 tiles -> float32, of the weight's shape. An idle expert's is zero."""
-    dw = torch.zeros_like(weight)
-    stack = dw.view(-1, *weight.shape[-2:])
+def wgrad(weight, dy_columns, x, ends, recipe, swiglu=False, gate=None, grad=None):
+    """Wgrad, dW_e = dy_e^T a_e: dy_columns {busy expert: Quantized [out, its rows]}, x Quantized, in 1x128 tiles, is a,
+    or what its SwiGLU is made of -> float32, of the weight's shape, added to `grad` if that is given."""
+    add = grad is not None
+    if not add:                                                     # zero for an idle expert, written for the others
+        grad = (torch.empty_like if len(dy_columns) == len(ends) else torch.zeros_like)(weight)
+    stack = grad.view(-1, *weight.shape[-2:])
     for e, rows in busy(ends):
-        columns = quantize_columns(a[rows], recipe.pow2, recipe.reference)                    # [in, its rows]
-        gemm(dy_columns[e], columns, stack[e], recipe.reference)
-    return dw
+        a = swiglu_torch(x[rows], None if gate is None else gate[rows]) if swiglu else x[rows]
+        columns = quantize_columns(a, recipe.pow2, recipe.reference)                          # [in, its rows]
+        gemm(dy_columns[e], columns, stack[e], recipe.reference, add)
+    return grad
 
 
 # --- the product in high precision ------------------------------------------------------------------------------------
@@ -514,14 +651,35 @@ def linear(x, weight):
     return (linear_triton if backend.use_decode_kernels(x, MAX_ROWS) else linear_torch)(x, weight)
 
 
+class SwiGLU(torch.autograd.Function):
+    """silu(a) * b for h = [a, b], in h's dtype: [N, 2F] -> [N, F]. By hand because autograd would keep silu(a), and pad
+    and add the gradients of the two halves: four passes over memory for nothing."""
+
+    @staticmethod
+    def forward(ctx, h):
+        ctx.save_for_backward(h)
+        a, b = h.chunk(2, -1)
+        return F.silu(a).mul_(b)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (h,) = ctx.saved_tensors
+        a, b = h.chunk(2, -1)
+        dh = torch.empty_like(h)
+        da, db = dh.chunk(2, -1)
+        torch.mul(grad, F.silu(a), out=db)
+        torch.ops.aten.silu_backward.grad_input(grad * b, a, grad_input=da)
+        return dh
+
+
 # --- Linear -----------------------------------------------------------------------------------------------------------
 
 class Linear(nn.Module):
-    """y = before(x) W^T without bias: [..., in_features] -> [..., out_features], in x's dtype.
+    """y = x W^T without bias: [..., in_features] -> [..., out_features], in x's dtype.
 
     The one matrix product with a weight that every layer goes through. The weight is FP32, the optimizer's master; the
-    product runs in the dtype of the activations that come in, or with a Recipe in FP8. `before` (SwiGLU) belongs to
-    the Linear so that FP8 can keep its input and make its output again.
+    product runs in the dtype of the activations that come in, or with a Recipe in FP8. swiglu: x is [..., 2 in], of
+    which the SwiGLU is multiplied; it belongs to the Linear so that FP8 can keep its input and make its output again.
     """
 
     def __init__(self, in_features, out_features):
@@ -529,11 +687,11 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.recipe = None                    # a Recipe: FP8
 
-    def forward(self, x, before=None):
+    def forward(self, x, swiglu=False):
         if not self.recipe:
-            return linear(before(x) if before else x, self.weight)
+            return linear(SwiGLU.apply(x) if swiglu else x, self.weight)
         rows = x.flatten(0, -2)                                                               # [N, ...]
-        y = Products.apply(rows, self.weight, [len(rows)], self.recipe, before)
+        y = Products.apply(rows, self.weight, [len(rows)], self.recipe, swiglu)
         return y.unflatten(0, x.shape[:-1])
 
 
@@ -561,6 +719,40 @@ def convert(model, reference=False):
 
 # --- the optimizer's states -------------------------------------------------------------------------------------------
 
+def adamw_torch(p, grad, m, v, beta1, beta2, eps, decay, rate, root):
+    """One step of AdamW, in place: weight p and gradient float32, moments m and v of any dtype, all of one shape.
+
+    decay = 1 - lr * weight decay, rate = lr / (1 - beta1^t), root = sqrt(1 - beta2^t).
+    """
+    mean = m.to(p.dtype).lerp_(grad, 1 - beta1)
+    square = v.to(p.dtype).lerp_(grad * grad, 1 - beta2)
+    m.copy_(mean)
+    v.copy_(square)
+    p.mul_(decay).addcdiv_(mean, square.sqrt().div_(root).add_(eps), value=-rate)
+
+
+if backend.has_triton():
+    @triton.jit
+    def adamw_kernel(p, grad, m, v, n, some1, some2, eps, decay, rate, root, BLOCK: tl.constexpr):
+        i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        g = tl.load(grad + i, mask=i < n, other=0.0)
+        mean, square = tl.load(m + i, mask=i < n, other=0.0).to(tl.float32), tl.load(v + i, mask=i < n, other=0.0)
+        mean += (g - mean) * some1
+        square = square.to(tl.float32)
+        square += (g * g - square) * some2
+        tl.store(m + i, mean, mask=i < n)
+        tl.store(v + i, square, mask=i < n)
+        weight = tl.load(p + i, mask=i < n, other=0.0) * decay
+        tl.store(p + i, weight - rate * tl.div_rn(mean, tl.div_rn(tl.sqrt_rn(square), root) + eps), mask=i < n)
+
+
+def adamw_triton(p, grad, m, v, beta1, beta2, eps, decay, rate, root):
+    """adamw_torch in one pass over memory: 20 bytes a parameter with BF16 moments, 28 with FP32 ones."""
+    n, BLOCK = p.numel(), 1024
+    adamw_kernel[triton.cdiv(n, BLOCK),](p, grad, m, v, n, 1 - beta1, 1 - beta2, eps, decay, rate, root, BLOCK)
+    torch.autograd.graph.increment_version(p)            # a kernel doesn't say that it wrote, and `quantized` must know
+
+
 class AdamW(torch.optim.Optimizer):
     """AdamW with FP32 weights and moments of any dtype, BF16 in V3 (3.3.3): 2 + 2 bytes of moments per parameter.
 
@@ -574,16 +766,15 @@ class AdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            beta1, beta2 = group["betas"]
-            params = [p for p in group["params"] if p.grad is not None]
-            for p in params:
+            lr, (beta1, beta2) = group["lr"], group["betas"]
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
                 state = self.state[p]
                 state["step"] += 1
                 t = float(state["step"])
-                m = state["exp_avg"].to(p.dtype).lerp_(p.grad, 1 - beta1)
-                v = state["exp_avg_sq"].to(p.dtype).mul_(beta2).addcmul_(p.grad, p.grad, value=1 - beta2)
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                state["exp_avg"].copy_(m)
-                state["exp_avg_sq"].copy_(v)
-                length = v.sqrt().div_((1 - beta2 ** t) ** 0.5).add_(group["eps"])
-                p.addcdiv_(m, length, value=-group["lr"] / (1 - beta1 ** t))
+                tensors = p, p.grad, state["exp_avg"], state["exp_avg_sq"]
+                one_pass = backend.use_small_kernels(p) and all(t.is_contiguous() for t in tensors)
+                (adamw_triton if one_pass else adamw_torch)(
+                    *tensors, beta1, beta2, group["eps"], 1 - lr * group["weight_decay"], lr / (1 - beta1 ** t),
+                    (1 - beta2 ** t) ** 0.5)

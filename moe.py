@@ -39,7 +39,8 @@ from torch import nn
 
 import backend
 from configs import UserError
-from fp8 import Linear, Products, Quantized, bits, busy, linear_triton, quantize, weight_gradient
+from experts import routed_triton
+from fp8 import Linear, Products, Quantized, SwiGLU, bits, busy, linear_triton, quantize, weight_gradient
 
 if backend.has_triton():
     import triton
@@ -275,36 +276,16 @@ class GroupedLinear(torch.autograd.Function):
         return dx, weight_gradient(weight, wgrad), None
 
 
-def grouped_linear(x, w, ends, recipe=None, before=None, *extra):
-    """Each row of before(x, *extra) times its expert's weight, in x's dtype: [R, in], w [E, out, in], ends (for each
-    expert the end of its rows, a list; for F.grouped_mm an int32 tensor [E]) -> [R, out]. With a Recipe in FP8."""
+def grouped_linear(x, w, ends, recipe=None, gate=None):
+    """Each row of x times its expert's weight, in x's dtype: [R, in], w [E, out, in], ends (for each expert the end of
+    its rows, a list; for F.grouped_mm an int32 tensor [E]) -> [R, out]. With the rows' gate weights [R]: of
+    weighted_swiglu of x [R, 2 in]. With a Recipe in FP8 (fp8.py)."""
     if recipe:
-        return Products.apply(x, w, ends, recipe, before, *extra)
-    x = before(x, *extra) if before else x
+        return Products.apply(x, w, ends, recipe, gate is not None, gate)
+    x = x if gate is None else weighted_swiglu(x, gate)
     if torch.is_tensor(ends):
         return F.grouped_mm(x, w.to(x.dtype).transpose(1, 2), offs=ends)
     return GroupedLinear.apply(x, w, ends)
-
-
-class SwiGLU(torch.autograd.Function):
-    """silu(a) * b for h = [a, b]: [N, 2F] -> [N, F]. By hand because autograd would keep silu(a), and pad and add the
-    gradients of the two halves: four passes over memory for nothing."""
-
-    @staticmethod
-    def forward(ctx, h):
-        ctx.save_for_backward(h)
-        a, b = h.chunk(2, -1)
-        return F.silu(a).mul_(b)
-
-    @staticmethod
-    def backward(ctx, grad):
-        (h,) = ctx.saved_tensors
-        a, b = h.chunk(2, -1)
-        dh = torch.empty_like(h)
-        da, db = dh.chunk(2, -1)
-        torch.mul(grad, F.silu(a), out=db)
-        torch.ops.aten.silu_backward.grad_input(grad * b, a, grad_input=da)
-        return dh
 
 
 def weighted_swiglu(h, weight):
@@ -331,12 +312,14 @@ def routed_torch(x, indices, weights, w13, w2, recipe=None, rows=None):
     order = order[:rows]
     weight = weights.flatten().index_select(0, order).to(x.dtype)                             # [R]
     h = grouped_linear(Gather.apply(x, order, inverse, k), w13, ends, recipe)                 # [R, 2F]
-    return Sum.apply(grouped_linear(h, w2, ends, recipe, weighted_swiglu, weight), order, inverse, k)
+    return Sum.apply(grouped_linear(h, w2, ends, recipe, weight), order, inverse, k)
 
 
-def routed(*arguments):
-    """routed_torch, by the fastest path of this device."""
-    return routed_torch(*arguments)
+def routed(x, indices, weights, w13, w2, recipe=None, rows=None):
+    """routed_torch, on a Hopper GPU by kernels (experts.py)."""
+    path, _ = backend.experts(x.device, x.dtype, w2.shape[1:], bool(recipe))
+    kernels = path == "Triton" and not (recipe and recipe.reference)
+    return (routed_triton if kernels else routed_torch)(x, indices, weights, w13, w2, recipe, rows)
 
 
 # --- the experts of few tokens ----------------------------------------------------------------------------------------
@@ -524,7 +507,7 @@ def experts(x, indices, weights, w13, w2, shared=None):
 
 # --- expert parallelism: the same layer on many ranks (section 3.2.2) -------------------------------------------------
 #
-# The experts of V3 are 95% of its weights: 64 ranks on 8 nodes hold 4 of each layer's 256 each, and all hold the gate
+# The experts of V3 are 95% of its weights: each of 64 ranks on 8 nodes holds 4 of a layer's 256, and all hold the gate
 # and the shared expert. Between nodes the network is slow (InfiniBand, 50 GB/s in V3's cluster), inside a node it is
 # fast (NVLink, 160 GB/s). So a token crosses to a node once, however many of its experts are there, to the rank with
 # the same local index; that one hands it on, once to each rank of its node that holds one of its experts:
@@ -545,8 +528,8 @@ class ExpertRanks:
     nodes: int
     locals: int                               # ranks of one node
     rank: int                                 # this one
-    between: dist.ProcessGroup | None = None  # the ranks with its local index, one of each node; None: one node
-    inside: dist.ProcessGroup | None = None   # the ranks of its node; None: one rank a node
+    between: "dist.ProcessGroup" = None       # the ranks with its local index, one of each node; None: one node
+    inside: "dist.ProcessGroup" = None        # the ranks of its node; None: one rank a node
     fp8: bool = False                         # dispatch in E4M3, scales powers of two (3.3.3); combine, gradients not
     bytes_sent: dict = field(default_factory=lambda: {"between": 0, "inside": 0})             # to others than oneself
 
@@ -760,7 +743,7 @@ class FFN(nn.Module):
         self.w2 = Linear(inter_dim, dim)
 
     def forward(self, x):
-        return self.w2(self.w13(x), before=SwiGLU.apply)
+        return self.w2(self.w13(x), swiglu=True)
 
     # The parts of MoE, for a layer that has nobody to send anything to.
     def dispatch(self, x):

@@ -593,7 +593,7 @@ def rank_main(rank, ranks, folder):
         out["hang"] = run_hang(rank, ranks)
     if ranks == 4:
         out["time"] = {kind: run_time(kind, rank, ranks) for kind in KINDS}
-        out |= {f"v3 {kind} ep": run_v3(kind, rank, ranks, ep=2) for kind in KINDS}
+        out |= {f"v3 {kind} ep": run_v3(kind, rank, ranks, ep=2, recompute=kind == "dualpipe") for kind in KINDS}
     (folder / f"{ranks}.{rank}.json").write_text(json.dumps(out))
     if ranks == 4:
         out = run_death(rank, ranks)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import GROUPS, build, lively, random_tokens, tiny
+from conftest import GPU, GROUPS, build, lively, random_tokens, tiny
 
 import fp8
 import parallel
@@ -357,6 +357,36 @@ def test_an_exchange_is_waited_for_in_the_next_part_forward_and_backward(ranks):
         times = result["overlap"]
         assert times["dispatch"] < 0.5 < times["experts"]
         assert times["combine backward"] < 0.5 < times["experts backward"]
+
+
+# --- on a GPU ---------------------------------------------------------------------------------------------------------
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="needs a CUDA GPU")
+@pytest.mark.parametrize("names", [("between",), ("inside",), ("between", "inside")], ids="+".join)
+def test_on_a_gpu_a_rank_that_sends_to_itself_computes_the_layer(names, tmp_path):
+    """Thread, stream and hops, by NCCL; memory that is let go of is spoilt at once."""
+    dist.init_process_group("nccl", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        moe = mixture(dim=256, moe_inter_dim=64, **GROUPS).cuda()
+        x, dy = torch.randn(2, 1, 2000, 256, device="cuda").bfloat16()
+        results = []
+        for ranks in (None, ExpertRanks(1, 1, 0, **dict.fromkeys(names, dist.group.WORLD))):
+            moe.ranks = ranks
+            for _ in range(5 if ranks else 1):
+                moe.zero_grad()
+                own = x.clone().requires_grad_()
+                y, _ = moe(own)
+                spoilt = [torch.full_like(x, torch.nan) for _ in range(3)]
+                y.backward(dy)
+                del spoilt
+                results.append([y.detach(), own.grad, *(p.grad for p in moe.parameters())])
+        for ours in results[1:]:
+            for a, b in zip(ours, results[0]):
+                assert ((a - b).float().norm() / b.float().norm()).item() < 1e-2
+            assert all(torch.equal(a, b) for a, b in zip(ours, results[1]))
+    finally:
+        dist.destroy_process_group()
 
 
 # --- mistakes ---------------------------------------------------------------------------------------------------------

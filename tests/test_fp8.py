@@ -295,7 +295,7 @@ def test_wgrad_can_be_put_off_into_a_queue(experts):
     now, later = w.clone().requires_grad_(), w.clone().requires_grad_()
     later.queue = []
     for weight in (now, now, later, later):                                    # two micro-batches each
-        Products.apply(x.clone().requires_grad_(), weight, ends, Recipe(reference=True), None).backward(dy)
+        Products.apply(x.clone().requires_grad_(), weight, ends, Recipe(reference=True)).backward(dy)
     assert later.grad is None and len(later.queue) == 2
     for put_off in later.queue:
         put_off()
@@ -345,12 +345,12 @@ def test_a_row_of_a_group_meets_its_own_expert_and_an_idle_experts_gradient_is_z
     E, inner, out, ends = 4, 140, 36, [50, 50, 183, 200]                       # the second has no rows
     w = torch.randn(E, out, inner, requires_grad=True)
     x, dy = torch.randn(200, inner, requires_grad=True), torch.randn(200, out)
-    Products.apply(x, w, ends, Recipe(reference=True), None).backward(dy)
+    Products.apply(x, w, ends, Recipe(reference=True)).backward(dy)
     for e, (start, end) in enumerate(zip([0, *ends], ends)):
         own = w[e].detach().clone().requires_grad_()
         rows = x[start:end].detach().requires_grad_()
         if end > start:
-            Products.apply(rows, own, [end - start], Recipe(reference=True), None).backward(dy[start:end])
+            Products.apply(rows, own, [end - start], Recipe(reference=True)).backward(dy[start:end])
             assert torch.equal(w.grad[e], own.grad) and torch.equal(x.grad[start:end], rows.grad)
         else:
             assert (w.grad[e] == 0).all()
@@ -362,7 +362,7 @@ def test_the_gate_weight_of_a_row_gets_its_gradient_through_the_recomputed_swigl
     for recipe in (None, Recipe(reference=True)):
         inputs = [t.clone().requires_grad_() for t in (h, weight, w)]
         if recipe:
-            y = Products.apply(inputs[0], inputs[2], [20, 60], recipe, weighted_swiglu, inputs[1])
+            y = Products.apply(inputs[0], inputs[2], [20, 60], recipe, True, inputs[1])
         else:
             hidden = weighted_swiglu(*inputs[:2])
             y = torch.cat([hidden[:20] @ inputs[2][0].t(), hidden[20:] @ inputs[2][1].t()])

@@ -171,3 +171,17 @@ def techniques(c, kind, pp, dp, ep):
     held = plan(c, kind, pp, dp, ep, a=a)[0]["parameters"]
     without["the average of the weights on the CPU"] = c.ema_decay > 0 and (with_all[0] + 4 * held, with_all[1])
     return with_all, {name: sum(bytes) for name, bytes in without.items() if bytes}
+
+
+def report(c, pp, dp, ep, train_tokens):
+    """What --plan prints of a layout: speed, cost of train_tokens, memory of a GPU with and without each technique."""
+    numbers, rows = plan(c, c.pipeline, pp, dp, ep)
+    hours = train_tokens / numbers["tokens_per_s"] / 3600
+    rows.append(("cost", f"{train_tokens / 1e12:.3f}T tokens: {hours / 1e3:,.0f}K GPU hours, ${2 * hours / 1e6:.2f}M "
+                         f"at $2 an hour (V3's 14.8T, with all that this leaves out: 2,664K, $5.33M)"))
+    (weights, activations), without = techniques(c, c.pipeline, pp, dp, ep)
+    rows.append(("fits 80 GB", f"{'yes' if weights + activations < 80e9 else 'no'}: {weights / 1e9:.1f} GB weights, "
+                               f"gradients, moments + {activations / 1e9:.1f} GB activations on the fullest GPU; "
+                               f"workspace not counted"))
+    rows += [("without", f"{name}: {total / 1e9:.1f} GB") for name, total in without.items()]
+    return "\n".join(f"  {what:13} {text}" for what, text in rows)

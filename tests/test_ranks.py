@@ -77,8 +77,8 @@ def world(tmp_path_factory):
         yield folder
 
 
-def rank_main(rank, ranks, port, log, argv, fault):
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(ranks),
+def rank_main(rank, world, port, log, argv, fault):
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world),
                       MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     sys.argv, out = ["train.py", *argv], os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):

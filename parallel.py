@@ -528,7 +528,8 @@ class Saver:
             self.wait()
             self.mesh.most(0)                                # rank 0 is done too: now all may leave
         elif self.thread:
-            self.thread.join(10)                             # what was begun before the error may still come to its end
+            # What was begun before the error may still come to its end; if it waits for a rank that is gone, it won't.
+            self.thread.join(10 if self.mesh.world == 1 else 1)
 
 
 # --- checkpoints: read ------------------------------------------------------------------------------------------------

@@ -302,7 +302,7 @@ def test_a_mistake_that_shows_on_one_rank_is_one_line_with_the_rank(tmp_path):
         save = parallel.save_file
         parallel.save_file = lambda tensors, path: no_disk() if rank and "step_00000004" in str(path) else \
             save(tensors, path)
-    codes, said = finish(*start(2, tmp_path / "run", fault=spoil, **{**SHORT, "timeout": 4}))
+    codes, said = finish(*start(2, tmp_path / "run", fault=spoil, **{**SHORT, "timeout": 3}))
     assert codes == [2, 2] and said.count("error: ") == 1 and "Traceback" not in said
     assert "error: rank 1 of 2: " in said and "No space left on device" in said
     assert parallel.latest(tmp_path / "run").name == "step_00000002"
@@ -342,7 +342,7 @@ def test_after_a_rank_is_killed_the_job_ends_and_resumes_to_the_same_bits(when, 
         exchange = moe.Hop.exchange
         moe.Hop.exchange = lambda *args: (calls.append(1), rank and len(calls) == 300 and die(), exchange(*args))[-1]
     fault = {"compute": at(4, 1, die), "all-to-all": while_sending, "save": while_saving}[when]
-    codes, said = finish(*start(2, tmp_path / "run", fault=fault, ep=2, **{**SHORT, "timeout": 4}))
+    codes, said = finish(*start(2, tmp_path / "run", fault=fault, ep=2, **{**SHORT, "timeout": 3}))
     assert codes == [1, -9] and ("no answer from rank 1" in said or "has not written" in said), said
     whole = [folder.name for folder in parallel.checkpoints(tmp_path / "run")]
     assert whole in (["step_00000002", "step_00000004"], ["step_00000002"])
@@ -448,7 +448,7 @@ def test_a_layout_that_does_not_fit_is_refused_in_one_line_before_any_work(world
 def test_ranks_with_different_configs_are_told_apart(tmp_path):
     def other(rank):
         sys.argv += ["--lr=3e-3"] * rank
-    codes, said = finish(*start(2, tmp_path / "run", fault=other, **{**SHORT, "timeout": 4}))
+    codes, said = finish(*start(2, tmp_path / "run", fault=other, **{**SHORT, "timeout": 3}))
     assert codes == [2, 2], said
     assert said.count("error: ") == 1
     assert "config: lr is 0.002 on rank 0 and 0.003 on rank 1; it must be the same on all" in said

@@ -412,6 +412,7 @@ class DualPipe:
 
         An exception on one rank is raised on all, as RuntimeError with its rank and message: that rank goes on sending
         zeros, so that nobody waits in vain, and at the end every rank tells how it fared. Gradients are then worthless.
+        (Those that wait for it inside a stage, its experts' other ranks, wait for as long as their group's timeout.)
         """
         check(self.kind, self.ranks, microbatches)
         training = torch.is_grad_enabled()
@@ -513,11 +514,12 @@ class DualPipe:
         late = deque()
         queue = late if part == "I" or cuts else None
         self.differentiate(roots, [self.arrived.pop(("B", dir, mb), None), one], queue)
-        for cut in reversed(cuts):
+        while cuts:
             if part == "B":
                 self.work_off(late)
             yield
-            self.differentiate(cut.ends, [getattr(leaf, "grad", None) for leaf in cut.leaves], queue)
+            places, segment = cuts.pop()
+            self.differentiate(places, [getattr(leaf, "grad", None) for leaf in segment], queue)
         self.give("B", dir, mb, x.grad)
         if part == "B":
             self.work_off(late)

@@ -423,14 +423,14 @@ def run_v3(kind, rank, ranks, micro_batches=1, ep=1, **changes):
     (count, mine), M, line, spread = layout(kind, pp, rank // ep), 2 * pp, lines[rank % ep], spreads[rank // ep]
     whole = build(**{**dict(n_layers=count, balance_alpha=0.1, init_std=0.1, seq_len=T), **changes})
     tokens = random_tokens(ep * M, T + 2)
-    totals, loss, parts = target_totals(tokens, 1), 0.0, {}
-    for micro in tokens.chunk(micro_batches):
-        share, more = whole.loss(micro, totals=totals, mtp_weight=0.7)
+    valid = torch.rand(tokens.shape, generator=torch.Generator().manual_seed(3)) < 0.7
+    totals, loss, parts = target_totals(tokens.masked_fill(~valid, -1), 1), 0.0, {}
+    for micro, targets in zip(tokens.chunk(micro_batches), valid.chunk(micro_batches)):
+        share, more = whole.loss(micro, targets, totals, mtp_weight=0.7)
         share.backward()
         loss += share.item()
         parts = {name: parts.get(name, 0.0) + part.item() for name, part in more.items()}
     whole.eval()
-    valid = torch.rand(tokens.shape, generator=torch.Generator().manual_seed(3)) < 0.7
     with torch.no_grad():
         evaluated = whole.loss(tokens, valid, totals)[1]["loss"].item()
 
@@ -442,10 +442,10 @@ def run_v3(kind, rank, ranks, micro_batches=1, ep=1, **changes):
                     shared=model.shared(stages))
     cuts, run = [], pipe.run
     pipe.run = lambda step: (run(step), cuts.extend(len(held[-1]) for held in pipe.held.values()))
-    here = tokens[rank % ep * M:][:M]
+    here, labels = (t[rank % ep * M:][:M] for t in (tokens, torch.where(valid, tokens, ~tokens)))
     for s in stages:
         s.begin(totals, mtp_weight=0.7)
-    took = pipe.step(M, here, here)
+    took = pipe.step(M, here, labels)
     ours = {name: p for s in stages for name, p in s.named_parameters()}
     theirs = {name: p.grad for name, p in whole.named_parameters()}
     experts = len(whole.mtp[0].block.ffn.w13) // ep
@@ -465,7 +465,6 @@ def run_v3(kind, rank, ranks, micro_batches=1, ep=1, **changes):
     for s in stages:
         s.eval()
         s.begin(totals)
-    labels = torch.where(valid, tokens, ~tokens)[rank % ep * M:][:M]
     with torch.no_grad():
         seen = pipe.step(M, here, labels)
     sums = torch.tensor([took, seen], dtype=torch.float64)

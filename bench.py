@@ -1208,10 +1208,22 @@ def covered(spans, by):
     return total
 
 
-def pair(c, device, detours=range(1, 6)):
-    """-> (ms of a pair of chunks of two blocks each whose exchanges take no time; for each number of detours a row: ms
-    in turns and one after the other, and the share that turns hide; the timeline of a pair in turns, on a GPU)."""
-    tokens, ranks = torch.randint(c.vocab_size, (6, c.seq_len + 1), device=device), moe.ExpertRanks(1, 1, 0)
+def lanes(timeline):
+    """What `intervals` found -> the spans of kernels on the stream that has most of them and of copies on others, and
+    how much of these lies under those."""
+    main = Counter(e["stream"] for e in timeline if e["what"] == "kernel").most_common(1)[0][0]
+    kernels = [(e["start"], e["end"]) for e in timeline if e["what"] == "kernel" and e["stream"] == main]
+    copies = [(e["start"], e["end"]) for e in timeline if e["what"] == "gpu_memcpy" and e["stream"] != main]
+    return {"under_kernels": covered(copies, kernels) / sum(end - start for start, end in copies),
+            **{name: [[round(t, 3) for t in span] for span in joined(spans)]
+               for name, spans in (("kernels", kernels), ("copies", copies))}}
+
+
+def pair(c, device, detours=(2, 3, 5, 1)):
+    """Yields, as they come: (ms of a pair of chunks of two blocks each whose exchanges take no time; for each number of
+    detours a row: ms in turns and one after the other, and the share that turns hide; on a GPU the timeline of a pair
+    in turns)."""
+    tokens, ranks = torch.randint(c.vocab_size, (4, c.seq_len + 1), device=device), moe.ExpertRanks(1, 1, 0)
     with device:
         stages = model.stages(c, 2, [0, 1])
     for block in (block for s in stages for block in s.layers.values()):
@@ -1243,12 +1255,12 @@ def pair(c, device, detours=range(1, 6)):
 
     Detour.times = 0
     milliseconds(True)                                                         # kernels are compiled
-    without, rows = milliseconds(True), []
+    without, rows, timeline = milliseconds(True), [], []
     for Detour.times in detours:
         turns, apart = milliseconds(True), milliseconds(False)
         rows.append({"detours": Detour.times, "in_turns_ms": turns, "one_after_the_other_ms": apart,
                      "travel_ms": apart - without, "hidden": 1 - (turns - without) / (apart - without)})
-    timeline = []
+        yield without, rows, timeline
     if device.type == "cuda":
         # An exchange for each segment, half as long: what V3 has on its own cluster (cluster.py).
         Detour.times = min(rows, key=lambda row: abs(row["travel_ms"] / without - 0.5))["detours"]
@@ -1262,7 +1274,7 @@ def pair(c, device, detours=range(1, 6)):
                 timeline[:] = intervals(f"{folder}/trace.json")
 
         step(True, watch)
-    return without, rows, timeline
+        yield without, rows, timeline
 
 
 def overlap(options):
@@ -1273,19 +1285,16 @@ def overlap(options):
         vocab_size=1024, recompute=False, seq_len=4096)
     with tempfile.TemporaryDirectory() as folder, mock.patch.object(moe, "Sent", Detour):
         dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
-        without, rows, timeline = pair(c, torch.device("cuda"))
+        for without, rows, timeline in pair(c, torch.device("cuda")):
+            numbers = {"shape": "V3's layer with 16 experts, 4,096 tokens", "without_ms": without, "rows": rows}
+            if timeline:
+                numbers["timeline"] = {"detours": Detour.times, **lanes(timeline)}
+                print(f"timeline: {numbers['timeline']['under_kernels']:.1%} of the copies under kernels", flush=True)
+            else:
+                print(f"{rows[-1]['travel_ms'] / without:.2f} of the arithmetic travels: {rows[-1]['hidden']:.1%} "
+                      f"hidden  {rows[-1]}", flush=True)
+            record("overlap", "python bench.py overlap", **numbers)
         dist.destroy_process_group()
-    main = Counter(e["stream"] for e in timeline if e["what"] == "kernel").most_common(1)[0][0]
-    kernels = [(e["start"], e["end"]) for e in timeline if e["what"] == "kernel" and e["stream"] == main]
-    copies = [(e["start"], e["end"]) for e in timeline if e["what"] == "gpu_memcpy" and e["stream"] != main]
-    for row in rows:
-        print(f"{row['travel_ms'] / without:.2f} of the arithmetic travels: {row['hidden']:.1%} hidden  {row}")
-    under = covered(copies, kernels) / sum(end - start for start, end in copies)
-    print(f"timeline: {under:.1%} of the copies under kernels")
-    record("overlap", "python bench.py overlap", shape="V3's layer with 16 experts, 4,096 tokens", without_ms=without,
-           rows=rows, timeline={"detours": Detour.times, "under_kernels": under, **{
-               name: [[round(t, 3) for t in span] for span in joined(spans)]
-               for name, spans in (("kernels", kernels), ("copies", copies))}})
 
 
 def joined(spans, gap=0.02):
@@ -1408,9 +1417,10 @@ def tables():
             "| exchanges / arithmetic | no exchanges, ms | one after the other | in turns | hidden |",
             "|---|---|---|---|---|",
             *(f"| {r['travel_ms'] / o['without_ms']:.2f} | {o['without_ms']:.1f} | {r['one_after_the_other_ms']:.1f} | "
-              f"{r['in_turns_ms']:.1f} | {r['hidden']:.0%} |" for r in o["rows"]), "",
-            f"{o['gpu']}, two of {o['shape']}, in each chunk. In the figure {o['timeline']['under_kernels']:.0%} of "
-            f"the copies lie under kernels."])
+              f"{r['in_turns_ms']:.1f} | {r['hidden']:.0%} |" for r in sorted(o["rows"], key=lambda r: r["travel_ms"])),
+            "", f"{o['gpu']}, two of {o['shape']}, in each chunk." + (
+                f" In the figure {o['timeline']['under_kernels']:.0%} of the copies lie under kernels."
+                if "timeline" in o else "")])
     if s:
         out["speculation"] = "\n".join([
             "| drafts | of them accepted | tokens per forward pass | time of the drafts / of a plain step | tokens/s | "
@@ -1467,7 +1477,7 @@ def readme(options):
     figure.savefig(RESULTS / "cache.png", dpi=110)
     call(["dualpipe.py", f"--png={RESULTS / 'dualpipe.png'}"], HERE)
 
-    if o := load("overlap"):
+    if "timeline" in (o := load("overlap") or {}):
         figure, axes = pyplot.subplots(figsize=(8, 1.6))
         for row, (name, color) in enumerate((("kernels", "tab:blue"), ("copies", "tab:orange"))):
             axes.broken_barh([(start, end - start) for start, end in o["timeline"][name]], (0.6 - row, 0.8),

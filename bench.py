@@ -45,6 +45,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import backend
+import cluster
 import configs
 import dualpipe
 import experts
@@ -1207,59 +1208,61 @@ def covered(spans, by):
     return total
 
 
-def pair(c, device, attempts=5):
-    """Times of a pair of chunks of two blocks each, in ms, its exchanges taking no time, as long as the arithmetic in
-    turns with it, and as long one after the other; and the timeline of the second."""
+def pair(c, device, detours=range(1, 6)):
+    """-> (ms of a pair of chunks of two blocks each whose exchanges take no time; for each number of detours a row: ms
+    in turns and one after the other, and the share that turns hide; the timeline of a pair in turns, on a GPU)."""
     tokens, ranks = torch.randint(c.vocab_size, (6, c.seq_len + 1), device=device), moe.ExpertRanks(1, 1, 0)
     with device:
         stages = model.stages(c, 2, [0, 1])
     for block in (block for s in stages for block in s.layers.values()):
         block.ffn.ranks = ranks
     sync = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    out, trace = {}, None
-    for name in ("without", "in turns", "one after the other"):
-        if name == "in turns":                                                 # eight exchanges in a pair
-            x = torch.empty(c.seq_len, c.dim, dtype=stages[0].like(1).dtype, device=device)
-            Detour.times = 4
-            Detour.travel(Detour, x)
-            sync()
-            began = time.perf_counter()
-            Detour.travel(Detour, x)
-            sync()
-            Detour.times = max(1, round(out["without"] / 8 / ((time.perf_counter() - began) * 1e3 / 4)))
-        pipe, times = dualpipe.DualPipe("dualpipev", stages, stages[1].criterion, stages[0].like(1),
-                                        overlap=name != "one after the other"), []
-        run = pipe.run
 
-        def timed(step, run=run, times=times):
+    def step(overlap, watch):
+        """One batch, its pairs run by watch(run, step)."""
+        pipe = dualpipe.DualPipe("dualpipev", stages, stages[1].criterion, stages[0].like(1), overlap=overlap)
+        run = pipe.run
+        pipe.run = lambda step: watch(run, step) if step.kind == "FB" else run(step)
+        for s in stages:
+            s.begin(([len(tokens) * c.seq_len], len(tokens)))
+            s.zero_grad()
+        pipe.step(len(tokens), tokens, tokens)
+
+    def milliseconds(overlap):
+        times = []
+
+        def watch(run, step):
             sync()
             began = time.perf_counter()
             run(step)
             sync()
-            times.extend([(time.perf_counter() - began) * 1e3] if step.kind == "FB" else [])
+            times.append((time.perf_counter() - began) * 1e3)
 
-        def traced(step, run=run):
-            nonlocal trace
-            if step.kind != "FB" or trace:
-                return run(step)
+        step(overlap, watch)
+        return statistics.median(times)
+
+    Detour.times = 0
+    milliseconds(True)                                                         # kernels are compiled
+    without, rows = milliseconds(True), []
+    for Detour.times in detours:
+        turns, apart = milliseconds(True), milliseconds(False)
+        rows.append({"detours": Detour.times, "in_turns_ms": turns, "one_after_the_other_ms": apart,
+                     "travel_ms": apart - without, "hidden": 1 - (turns - without) / (apart - without)})
+    timeline = []
+    if device.type == "cuda":
+        # An exchange for each segment, half as long: what V3 has on its own cluster (cluster.py).
+        Detour.times = min(rows, key=lambda row: abs(row["travel_ms"] / without - 0.5))["detours"]
+
+        def watch(run, step):
             with torch.profiler.profile() as profiler:
                 run(step)
                 sync()
             with tempfile.TemporaryDirectory() as folder:
                 profiler.export_chrome_trace(f"{folder}/trace.json")
-                trace = intervals(f"{folder}/trace.json")
+                timeline[:] = intervals(f"{folder}/trace.json")
 
-        for attempt in range(2):                                               # the first warms up
-            pipe.run = timed if attempt else run
-            for s in stages:
-                s.begin(([len(tokens) * c.seq_len], len(tokens)))
-                s.zero_grad()
-            pipe.step(len(tokens), tokens, tokens)
-        out[name] = statistics.median(times)
-        if name == "in turns" and device.type == "cuda":
-            pipe.run = traced
-            pipe.step(len(tokens), tokens, tokens)
-    return out, trace
+        step(True, watch)
+    return without, rows, timeline
 
 
 def overlap(options):
@@ -1270,19 +1273,19 @@ def overlap(options):
         vocab_size=1024, recompute=False, seq_len=4096)
     with tempfile.TemporaryDirectory() as folder, mock.patch.object(moe, "Sent", Detour):
         dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
-        times, trace = pair(c, torch.device("cuda"))
+        without, rows, timeline = pair(c, torch.device("cuda"))
         dist.destroy_process_group()
-    main = Counter(e["stream"] for e in trace if e["what"] == "kernel").most_common(1)[0][0]
-    copies = [(e["start"], e["end"]) for e in trace if e["what"] == "gpu_memcpy" and e["stream"] != main]
-    kernels = [(e["start"], e["end"]) for e in trace if e["what"] == "kernel" and e["stream"] == main]
-    travel = times["one after the other"] - times["without"]
-    numbers = {"ms": times, "travel_ms": sum(end - start for start, end in copies), "kernels_ms": covered(
-        kernels, kernels), "under_kernels_ms": covered(copies, kernels), "hidden": 1 - (
-        times["in turns"] - times["without"]) / travel, "detours": Detour.times}
-    print(json.dumps(numbers, indent=1))
-    join = lambda spans: [[round(t, 3) for t in span] for span in spans]
-    record("overlap", "python bench.py overlap", **numbers, shape="V3's layer with 16 experts, 4096 tokens",
-           timeline={"kernels": join(joined(kernels)), "copies": join(joined(copies))})
+    main = Counter(e["stream"] for e in timeline if e["what"] == "kernel").most_common(1)[0][0]
+    kernels = [(e["start"], e["end"]) for e in timeline if e["what"] == "kernel" and e["stream"] == main]
+    copies = [(e["start"], e["end"]) for e in timeline if e["what"] == "gpu_memcpy" and e["stream"] != main]
+    for row in rows:
+        print(f"{row['travel_ms'] / without:.2f} of the arithmetic travels: {row['hidden']:.1%} hidden  {row}")
+    under = covered(copies, kernels) / sum(end - start for start, end in copies)
+    print(f"timeline: {under:.1%} of the copies under kernels")
+    record("overlap", "python bench.py overlap", shape="V3's layer with 16 experts, 4,096 tokens", without_ms=without,
+           rows=rows, timeline={"detours": Detour.times, "under_kernels": under, **{
+               name: [[round(t, 3) for t in span] for span in joined(spans)]
+               for name, spans in (("kernels", kernels), ("copies", copies))}})
 
 
 def joined(spans, gap=0.02):
@@ -1303,14 +1306,27 @@ def load(section):
     return json.loads(path.read_text()) if path.exists() else None
 
 
+def clusters():
+    """V3's own 2048 GPUs under each schedule, as cluster.py plans them."""
+    v3 = configs.read(HERE / "configs/v3_671b.py")
+    v3 = configs.Config(**{key: value for key, (value, _) in v3.items()}).replace(precision="fp8", moments="bf16")
+    a, lines = arithmetic(v3), ["| schedule | a step, s | bubble | exchanges hidden, s | exposed | tokens/s a GPU | "
+                                "weights, gradients, moments, GB | activations |", "|---|---|---|---|---|---|---|---|"]
+    for kind in dualpipe.KINDS:
+        n, _ = cluster.plan(v3, kind, 16, 128, 64, a=a)
+        lines.append(f"| {kind} | {n['step']:.1f} | {n['bubble']:.1%} | {n['hidden']:.1f} | {n['exposed']:.1f} | "
+                     f"{n['tokens_per_s']:,.0f} | {n['weights'] / 1e9:.0f} | {n['activations'] / 1e9:.0f} |")
+    return "\n".join(lines)
+
+
 def tables():
     """{name of a marked place in the README: its text}, from the committed results."""
     t, c, a, d, s = load("tiny"), load("char"), load("ablations"), load("decode"), load("speculation")
-    attention, low = load("attention"), load("fp8_loss")
+    attention, low, p, o = (load(name) for name in ("attention", "fp8_loss", "pipeline", "overlap"))
     mean = lambda runs, key: statistics.mean(r[key] for r in runs)
     spread = lambda runs, key: statistics.stdev(r[key] for r in runs) if len(runs) > 1 else 0.0
     vio = lambda runs: f"{mean(runs, 'max_vio'):.2f}" if mean(runs, "max_vio") else "-"
-    out = {"dualpipe": f"```\n{dualpipe.table(dualpipe.parse([]))}\n```"}
+    out = {"dualpipe": f"```\n{dualpipe.table(dualpipe.parse([]))}\n```", "cluster": clusters()}
     if t:
         out["tiny"] = (
             f"| | |\n|---|---|\n| time, process start to last line | {t['seconds'] / 60:.1f} minutes "
@@ -1375,6 +1391,26 @@ def tables():
             "|---|---|---|---|",
             *(f"| {name} | {', '.join(f'{x:.4f}' for x in of(key, 'loss'))} | {against(key):+.2%} | "
               f"{', '.join(f'{x:.4f}' for x in of(key, 'val_loss'))} |" for key, name in names.items())])
+    if p:
+        cell = lambda r: "" if r is None else f"{min(r['measured']):.2f}" + (
+            f" ({min(r['measured']) / r['simulated'] - 1:+.1%})" if "simulated" in r else "")
+        find = lambda name, ranks: next((r for r in p["rows"] if (r["schedule"], r["ranks"]) == (name, ranks)), None)
+        theirs = {"1f1b": "Schedule1F1B", "dualpipev": "ScheduleDualPipeV", "zbv": "ScheduleZBVZeroBubble"}
+        out["pipeline"] = "\n".join([
+            "| schedule | 4 ranks, 10 micro-batches: simulated, s | ours | torch's "
+            "| 8 ranks, 20 micro-batches: simulated | ours | torch's |", "|---|---|---|---|---|---|---|",
+            *(f"| {kind} | " + " | ".join(
+                f"{'%.2f' % r['simulated'] if (r := find(kind, ranks)) else ''} | {cell(r)} | "
+                f"{cell(find(theirs.get(kind), ranks))}" for ranks in (4, 8)) + " |"
+              for kind in (*dualpipe.KINDS, "zbv"))])
+    if o:
+        out["overlap"] = "\n".join([
+            "| exchanges / arithmetic | no exchanges, ms | one after the other | in turns | hidden |",
+            "|---|---|---|---|---|",
+            *(f"| {r['travel_ms'] / o['without_ms']:.2f} | {o['without_ms']:.1f} | {r['one_after_the_other_ms']:.1f} | "
+              f"{r['in_turns_ms']:.1f} | {r['hidden']:.0%} |" for r in o["rows"]), "",
+            f"{o['gpu']}, two of {o['shape']}, in each chunk. In the figure {o['timeline']['under_kernels']:.0%} of "
+            f"the copies lie under kernels."])
     if s:
         out["speculation"] = "\n".join([
             "| drafts | of them accepted | tokens per forward pass | time of the drafts / of a plain step | tokens/s | "
@@ -1430,6 +1466,16 @@ def readme(options):
     figure.tight_layout()
     figure.savefig(RESULTS / "cache.png", dpi=110)
     call(["dualpipe.py", f"--png={RESULTS / 'dualpipe.png'}"], HERE)
+
+    if o := load("overlap"):
+        figure, axes = pyplot.subplots(figsize=(8, 1.6))
+        for row, (name, color) in enumerate((("kernels", "tab:blue"), ("copies", "tab:orange"))):
+            axes.broken_barh([(start, end - start) for start, end in o["timeline"][name]], (0.6 - row, 0.8),
+                             color=color)
+        axes.set(yticks=[1, 0], yticklabels=["arithmetic", "exchanges"], xlabel="ms",
+                 title="a forward and a backward chunk in turns")
+        figure.tight_layout()
+        figure.savefig(RESULTS / "overlap.png", dpi=110)
 
     figure, axes = pyplot.subplots(figsize=(6, 3))
     errors = load("fp8_error")["errors"]

@@ -48,22 +48,26 @@ def parameters(c, a, cuts, ep):
 
 
 def kept_bytes(c):
-    """Bytes that a token leaves for backward in a layer of experts, norms, up-projections and SwiGLU being recomputed
-    (section 3.2.3): the residuals, the latents, attention's output (E5M6), and the inputs of experts and SwiGLUs."""
+    """Bytes that a token leaves for backward in a layer of experts: the residuals, the latents, attention's output
+    (E5M6), and the inputs of experts and SwiGLUs; norms, up-projections and SwiGLU's output are made again (section
+    3.2.3), or kept where the Config recomputes nothing."""
     high, low, output = {"fp32": (4, 4, 4), "bf16": (2, 2, 2)}.get(c.precision, (2, 1, 1.5))
-    return high * (2 * c.dim + c.q_lora_rank + c.kv_lora_rank + c.qk_rope_head_dim) \
+    again = 2 * c.dim + c.n_heads * (2 * c.qk_head_dim + c.v_head_dim) \
+        + (c.n_activated_experts + c.n_shared_experts) * c.moe_inter_dim
+    kept = 0 if c.recompute or c.recompute_mla else high * again
+    return kept + high * (2 * c.dim + c.q_lora_rank + c.kv_lora_rank + c.qk_rope_head_dim) \
         + output * c.n_heads * c.v_head_dim \
         + low * ((c.n_activated_experts + 1) * c.dim
                  + 2 * (c.n_activated_experts + c.n_shared_experts) * c.moe_inter_dim)
 
 
-def plan(c, kind, pp, dp, ep, cluster=None):
+def plan(c, kind, pp, dp, ep, cluster=None, a=None):
     """A step of the Config on pp * dp GPUs: dp pipelines of a `kind`, every MoE layer's experts spread over ep ranks.
 
     -> (dict of numbers: seconds, bytes and shares, of one rank; [(what, text)] to print). UserError where there is no
-    such pipeline.
+    such pipeline. a: arithmetic(c), where it is known.
     """
-    cluster, a = cluster or Cluster(), arithmetic(c)
+    cluster, a = cluster or Cluster(), a or arithmetic(c)
     fp8, tokens = c.precision.startswith("fp8"), c.micro_batch_size * c.seq_len
     count, _ = dualpipe.layout(kind, pp, 0)
     held = [dualpipe.layout(kind, pp, rank)[1] for rank in range(pp)]
@@ -85,6 +89,7 @@ def plan(c, kind, pp, dp, ep, cluster=None):
     exchange = lambda width: tokens * c.dim * width * max(out_of_node / cluster.between, on / cluster.inside)
     wide = exchange(4 if c.precision == "fp32" else 2)
     dispatch, combine = exchange(1) if fp8 else wide, wide                      # and those of gradients: `wide`, twice
+    widths = (1 if fp8 else 4 if c.precision == "fp32" else 2,) + 3 * (4 if c.precision == "fp32" else 2,)
     layers = max(sum(i >= c.n_dense_layers for i in range(start, stop)) for start, stop in zip(cuts, cuts[1:]))
     forth, back = layers * (dispatch + combine), layers * 2 * wide
     hides = [(wide, attention), (dispatch, 2 * experts), (wide, experts), (combine, 2 * attention)]
@@ -103,14 +108,17 @@ def plan(c, kind, pp, dp, ep, cluster=None):
     # Memory of the fullest rank. Moments are sharded over the ranks with the same parameters (ZeRO-1).
     same = 2 if kind == "dualpipe" else 1
     sizes, moments = parameters(c, a, cuts, ep), 2 * (4 if c.moments == "fp32" else 2)
-    weights = max(sum((8 + 2 * fp8 + moments / (dp * same)) * plain
-                      + (8 + 2 * fp8 + moments / (max(1, dp // ep) * same)) * spread
+    share = lambda replicas: moments / (replicas * same if c.zero1 else 1)
+    weights = max(sum((8 + 2 * fp8 + share(dp)) * plain + (8 + 2 * fp8 + share(max(1, dp // ep))) * spread
                       for plain, spread in (sizes[s] for s in mine)) for mine in held)
+    parameters_here = max(sum(map(sum, (sizes[s] for s in mine))) for mine in held)
     activations = flying * tokens * kept_bytes(c) * max(stop - start for start, stop in zip(cuts, cuts[1:]))
 
     numbers = {"step": step, "bubble": result["bubble"] / step, "pair": 3 * F + exposed, "travel": forth + back,
                "hidden": hidden, "exposed": chunks * (forth + back) - hidden, "weights": weights,
-               "activations": activations, "tokens_per_s": per_gpu, "microbatches": M}
+               "activations": activations, "tokens_per_s": per_gpu, "microbatches": M,
+               "parameters": parameters_here,
+               "between": out_of_node * (each := chunks * layers * tokens * c.dim * sum(widths)), "inside": on * each}
     ms, GB = (lambda t: f"{t * 1e3:.1f} ms"), (lambda n: f"{n / 1e9:.1f} GB")
     what = "FP8" if fp8 else c.precision.upper()
     rows = [
@@ -134,8 +142,46 @@ def plan(c, kind, pp, dp, ep, cluster=None):
                         f"moments; {GB(activations)} of activations: {flying} chunks, {kept_bytes(c):,.0f} bytes a "
                         f"token and layer"),
     ]
+    rows.append(("a GPU sends", f"in a step, for its experts: {GB(numbers['between'])} to other nodes and "
+                 f"{GB(numbers['inside'])} inside its own; of gradients and new weights at most "
+                 f"{GB(8 * parameters_here)}"))
     first, least = c.batch_size // 5 // (c.micro_batch_size * dp), 2 * pp
     if c.batch_ramp and kind.startswith("dualpipe") and first < least:
         rows.append(("ramp", f"the first batch, {c.batch_size // 5:,} sequences, is {first} micro-batches a pipeline, "
                              f"fewer than {kind}'s {least}: begin with {least * c.micro_batch_size * dp:,}"))
     return numbers, rows
+
+
+def techniques(c, kind, pp, dp, ep):
+    """((bytes of weights, of activations) of the fullest rank, {technique: bytes of both without it}), of all in this
+    Config that saves memory."""
+    a = arithmetic(c)
+
+    def needs(kind=kind, ep=ep, **changes):
+        numbers, _ = plan(c.replace(**changes), kind, pp, dp, ep, a=a)
+        return numbers["weights"], numbers["activations"]
+
+    with_all = needs()
+    without = {"expert parallelism": ep > 1 and needs(ep=1),
+               "ZeRO-1": c.zero1 and dp > 1 and needs(zero1=False),
+               "BF16 moments": c.moments == "bf16" and needs(moments="fp32"),
+               "FP8": c.precision.startswith("fp8") and needs(precision="bf16"),
+               "recomputing": (c.recompute or c.recompute_mla) and needs(recompute=False, recompute_mla=False),
+               "one copy of each stage (DualPipeV)": kind == "dualpipev" and needs(kind="dualpipe")}
+    held = plan(c, kind, pp, dp, ep, a=a)[0]["parameters"]
+    without["the average of the weights on the CPU"] = c.ema_decay > 0 and (with_all[0] + 4 * held, with_all[1])
+    return with_all, {name: sum(bytes) for name, bytes in without.items() if bytes}
+
+
+def report(c, pp, dp, ep, train_tokens):
+    """What --plan prints of a layout: speed, cost of train_tokens, memory of a GPU with and without each technique."""
+    numbers, rows = plan(c, c.pipeline, pp, dp, ep)
+    hours = train_tokens / numbers["tokens_per_s"] / 3600
+    rows.append(("cost", f"{train_tokens / 1e12:.3f}T tokens: {hours / 1e3:,.0f}K GPU hours, ${2 * hours / 1e6:.2f}M "
+                         f"at $2 an hour (V3's 14.8T, with all that this leaves out: 2,664K, $5.33M)"))
+    (weights, activations), without = techniques(c, c.pipeline, pp, dp, ep)
+    rows.append(("fits 80 GB", f"{'yes' if weights + activations < 80e9 else 'no'}: {weights / 1e9:.1f} GB weights, "
+                               f"gradients, moments + {activations / 1e9:.1f} GB activations on the fullest GPU; "
+                               f"workspace not counted"))
+    rows += [("without", f"{name}: {total / 1e9:.1f} GB") for name, total in without.items()]
+    return "\n".join(f"  {what:13} {text}" for what, text in rows)

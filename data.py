@@ -592,7 +592,7 @@ def batch_size_at(config, step):
         return config.batch_size
     multiple = config.batch_multiple
     size = config.batch_size * (config.batch_ramp + 4 * step) // (5 * config.batch_ramp)
-    return max(multiple, size // multiple * multiple)
+    return max(multiple, (size + multiple // 2) // multiple * multiple)
 
 
 def shuffle(x, n, keys):

@@ -28,9 +28,10 @@ than its own work. With I = B - W:
               again in 2n-1 I's, and a W: (n-1)(FB + 2I) + 2B, of which the fold's rank works 2n B: (n-1)(F + FB - 2W)
 
 1F1B and ZB1P want M >= P. The last two want that no rank waits anywhere else: in simulation ZB1P for W <= I and W <= F,
-DualPipe for W <= I <= F and B <= FB <= F + B; it is then the largest bubble of the ranks, and every rank's at FB = F+B
-(else those that run more pairs work less). Published is (P/2-1)(FB + B - 3W), the same for I = F and only then. For all
-other durations ask `simulate`. The price: parameters twice, and PP+1 activations on each rank; 1F1B has PP-r on rank r.
+DualPipe for W <= I <= F and a pair that takes as long as either part of it at least, and as both at most. It is then
+the largest bubble of the ranks, and every rank's at FB = F+B (else those that run more pairs work less). Published is
+(P/2-1)(FB + B - 3W), the same for I = F and only then. For all other durations ask `simulate`. The price: parameters
+twice, and PP+1 activations on each rank; 1F1B has PP-r on rank r.
 
 Words: P ranks, r a rank, M micro-batches, n ranks from an end to the fold, m micro-batches per direction; F, B, W, FB,
 p2p durations of a forward, a backward, its W part, a pair, and of sending a tensor to a neighbour.
@@ -411,6 +412,7 @@ class DualPipe:
 
         An exception on one rank is raised on all, as RuntimeError with its rank and message: that rank goes on sending
         zeros, so that nobody waits in vain, and at the end every rank tells how it fared. Gradients are then worthless.
+        (Those that wait for it inside a stage, its experts' other ranks, wait for as long as their group's timeout.)
         """
         check(self.kind, self.ranks, microbatches)
         training = torch.is_grad_enabled()
@@ -512,11 +514,12 @@ class DualPipe:
         late = deque()
         queue = late if part == "I" or cuts else None
         self.differentiate(roots, [self.arrived.pop(("B", dir, mb), None), one], queue)
-        for cut in reversed(cuts):
+        while cuts:
             if part == "B":
                 self.work_off(late)
             yield
-            self.differentiate(cut.ends, [getattr(leaf, "grad", None) for leaf in cut.leaves], queue)
+            places, segment = cuts.pop()
+            self.differentiate(places, [getattr(leaf, "grad", None) for leaf in segment], queue)
         self.give("B", dir, mb, x.grad)
         if part == "B":
             self.work_off(late)

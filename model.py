@@ -331,7 +331,7 @@ class Stage(V3):
 
     The first stage takes tokens int64 [B, > seq_len], the others x [B, T, D]; all are generators, to be cut where
     tokens travel, and return ([B, T, D], their balance loss or None). `criterion` makes the last one's output a loss.
-    Before each optimizer step: `begin`.
+    Before each optimizer step: `begin`. MTP's block, in the criterion, is not cut: its exchanges hide behind nothing.
     """
 
     def __init__(self, config, layers, first, last, initialize=True):

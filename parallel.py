@@ -281,23 +281,28 @@ def failure(mesh, e):
     When a transfer fails or takes longer than the timeout, somebody else is to blame, who may not be able to say so.
     All who can still speak raise their hand in the store; who doesn't is named."""
     code = 2 if isinstance(e, UserError) else 1
-    who = f"rank {mesh.rank} of {mesh.world}"
+    who, patience = f"rank {mesh.rank} of {mesh.world}", min(5, mesh.timeout)
     try:
         mesh.store.set(f"failed/{mesh.rank}", "")
-        if mesh.store.compare_set("failed first", "", str(mesh.rank)) != str(mesh.rank).encode():
+        if mesh.store.compare_set("failed first", "", who) != who.encode():
+            mesh.store.wait(["told"], datetime.timedelta(seconds=patience + 1))         # this rank may keep the store
             return code, None
+        calls = traceback.extract_tb(e.__traceback__) + traceback.extract_tb(e.__cause__ and e.__cause__.__traceback__)
         if code == 2:
-            return code, f"{who}: {e}" if mesh.rank else str(e)
-        if not isinstance(e, dist.DistError) and not any(word in str(e) for word in ("gloo", "NCCL", "imed out")):
-            return code, f"{who} failed"
-        silent, until = set(range(mesh.world)), time.time() + min(10, mesh.timeout)
-        while silent and time.time() < until:
-            silent -= {rank for rank in silent if mesh.store.check([f"failed/{rank}"])}
-            time.sleep(0.1)
-        names = ", ".join(map(str, sorted(silent)))
-        return code, f"{who} waited in vain" + (f"; no answer from rank {names}: gone, or it hangs" if names else "")
+            message = f"{who}: {e}" if mesh.rank else str(e)
+        elif not any(os.path.join("torch", "distributed") in call.filename for call in calls):
+            message = f"{who} failed"
+        else:
+            silent, until = set(range(mesh.world)), time.time() + patience
+            while silent and time.time() < until:
+                silent -= {rank for rank in silent if mesh.store.check([f"failed/{rank}"])}
+                time.sleep(0.1)
+            names = ", ".join(map(str, sorted(silent)))
+            message = f"{who} waited in vain" + (f"; no answer from rank {names}: gone, or it hangs" if names else "")
+        mesh.store.set("told", "")
+        return code, message
     except dist.DistError:
-        return code, f"{who} failed, and rank 0 is gone"
+        return code, f"{who} failed, and rank 0, which keeps the store, is gone"
 
 
 @contextlib.contextmanager

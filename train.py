@@ -26,15 +26,15 @@ from pathlib import Path
 import torch
 
 import backend
+import cluster
 import configs
-import dualpipe
 import parallel
+import ranks
 from configs import MACHINE_FIELDS, UserError
 from data import Data, batch_size_at, special, tokenizer_json
-from dualpipe import DualPipe
 from fp8 import AdamW
-from model import V3, CrossEntropy, arithmetic, balanced, config_from_hf, from_hf, official_tensors, shared, stages
-from moe import ExpertRanks, max_vio, spread
+from model import CrossEntropy, arithmetic, config_from_hf, official_tensors
+from moe import max_vio
 
 MAX_SKIPS = 5                                      # non-finite steps in a row before the run gives up
 
@@ -90,6 +90,7 @@ def plan(c, device, data=None):
     activations = tokens * kept * half + CrossEntropy.ROWS * c.vocab_size * 8
     ramp = min(c.batch_ramp, c.max_steps)
     train_tokens = (sum(batch_size_at(c, s) for s in range(ramp)) + c.batch_size * (c.max_steps - ramp)) * c.seq_len
+    a["tokens"] = train_tokens
     # Per parameter: weight, gradient and two moments; of a converted one W and W^T in FP8 too (on a CPU one copy does).
     a["bytes"] = (8 + 2 * (4 if c.moments == "fp32" else 2)) * everything
     a["bytes"] += a["fp8"] * (2 if backend.fp8_kernels(device)[0] == "Triton" else 1)
@@ -190,27 +191,6 @@ def evaluate(v3, data, mesh):
     return total / count, data.bits_per_byte(total)
 
 
-@torch.no_grad()
-def evaluate_pipe(c, pipe, data, mesh):
-    """`evaluate` through the pipeline. Its batches all have one size: the last is filled up with windows of nothing."""
-    T, total, count, micros = c.seq_len, 0.0, 0, 2 * mesh.pp
-    for stage in pipe.stages:
-        stage.eval()
-    for tokens, valid in data.eval_windows(micros * c.micro_batch_size, mesh.dp_rank, mesh.dp):
-        filled = torch.zeros(2, micros * c.micro_batch_size, tokens.shape[1], dtype=torch.int64)
-        filled[1] = -1
-        filled[0, :len(tokens)], filled[1, :len(tokens)] = tokens, torch.where(valid, tokens, ~tokens)
-        for stage in pipe.stages:
-            stage.begin(([1] * (c.n_mtp + 1), 1))
-        loss = pipe.step(micros, *filled.to(pipe.like.device))
-        total += loss if mesh.pp_rank == 0 else 0.0                                   # every rank of it has the same
-        count += int(valid[:, 1:T + 1].sum()) if mesh.pp_rank == 0 else 0
-    for stage in pipe.stages:
-        stage.train()
-    total, count = mesh.total({"nats": total, "tokens": count}).values()
-    return total / count, data.bits_per_byte(total)
-
-
 class Interrupt:
     """Ctrl-C and SIGTERM set a flag that the loop looks at between steps; a second Ctrl-C is not waited for."""
 
@@ -285,18 +265,22 @@ def main(argv, mesh=None):
     if not argv or argv[0].startswith("--"):
         raise UserError("give a config first: python train.py config/tiny.py [--key=value ...]; --help lists the keys")
     c = model_config(configs.load(argv), argv)
+    if c.plan and c.world:
+        mesh = parallel.Mesh(world=c.world, nodes=max(1, c.world // cluster.Cluster.per_node))
     mesh = (mesh or parallel.Mesh()).arrange(c, {batch_size_at(c, step) for step in range(c.batch_ramp + 1)})
     device = mesh.device(backend.device(c.device))
     backend.keep_freed_memory()
     if c.plan:
-        plan(c, device)
+        tokens = plan(c, device)["tokens"]
+        if mesh.pp > 1:
+            print(cluster.report(c, mesh.pp, mesh.dp, mesh.ep, tokens))
         return 0
     if c.precision == "fp8" and backend.fp8_kernels(device)[0] == "torch":
         raise UserError(f"--precision=fp8: {backend.fp8_kernels(device)[1]}; --precision=fp8_reference computes the "
                         f"same on plain torch, slowly")
     if c.eval_only:
         return eval_only(c)
-    check_pipeline(c, mesh)
+    ranks.check(c, mesh)
     mesh.connect(device)
     mesh.same("config", dataclasses.asdict(c))
     if c.profile and c.max_steps < 6:
@@ -321,22 +305,6 @@ def main(argv, mesh=None):
                             f"same) or set --recompute=True; if the model alone is too large, --dim or --n_layers") \
                 from None
         raise
-
-
-def check_pipeline(c, mesh):
-    """UserError where the layers or a batch can't go through the pipeline of the config."""
-    if c.pp == 1:
-        return
-    if c.compile:
-        raise UserError("--compile: not in a pipeline, which puts gradients off behind the compiler's back; leave out "
-                        "one of --compile and --pp")
-    balanced(c, dualpipe.layout(c.pipeline, c.pp, 0)[0])
-    for step in {0, c.batch_ramp}:
-        share = batch_size_at(c, step) // mesh.dp
-        if share % c.micro_batch_size:
-            raise UserError(f"--micro_batch_size={c.micro_batch_size}: does not divide the {share} sequences that a "
-                            f"pipeline gets in step {step + 1}")
-        dualpipe.check(c.pipeline, c.pp, share // c.micro_batch_size)
 
 
 def newest_whole(c, have, mesh):
@@ -379,63 +347,14 @@ def eval_only(c):
     return 0
 
 
-def build(c, device, mesh, newest):
-    """The modules that this rank runs, and the pipeline or None: V3 whole, or one or two stages of it."""
-    loaded = c.init_from and not newest
-    if mesh.pp == 1:
-        if loaded:
-            v3 = from_hf(c.init_from, device, **{f: getattr(c, f) for f in configs.FIELDS if f != "device"})
-        else:
-            with torch.device(device):
-                v3 = V3(c)
-        spread_experts(c, [v3], mesh)
-        return [v3], None
-    count, mine = dualpipe.layout(c.pipeline, mesh.pp, mesh.pp_rank)
-    with torch.device(device):
-        parts = stages(c, count, mine, initialize=not loaded)
-    spread_experts(c, parts, mesh)
-    criterion = next((stage.criterion for stage in parts if stage.last), None)
-    pipe = DualPipe(c.pipeline, parts, criterion, parts[0].like(c.micro_batch_size), mesh.pp_group, shared(parts))
-    if loaded:
-        whole = official_tensors(from_hf(c.init_from, n_mtp=c.n_mtp))
-        for stage in parts:
-            for name, tensor in official_tensors(stage).items():
-                tensor.detach().copy_(whole[name])
-    return pipe.in_order, pipe
-
-
-def spread_experts(c, modules, mesh):
-    """Leave to this rank its share of every layer's experts."""
-    if mesh.ep > 1:
-        ranks = ExpertRanks(mesh.ep_nodes, mesh.ep // mesh.ep_nodes, mesh.ep_rank, mesh.between, mesh.inside,
-                            fp8=c.precision.startswith("fp8"))
-        for module in modules:
-            spread(module, ranks)
-
-
-def pipelined(c, pipe, batch, totals, weight):
-    """Forward and backward of this pipeline's sequences; the parts of the loss that fall to this rank."""
-    for stage in pipe.stages:
-        stage.begin(totals, weight)
-    pipe.step(len(batch) // c.micro_batch_size, batch, batch)
-    return {name: sum(stage.parts[name] for stage in pipe.stages) for name in pipe.stages[0].parts}
-
-
 def run(c, device, mesh, newest, command):
     # Everything that can be wrong with the input is found here, before the first long work.
     data = mesh.one_first(lambda: Data(c))
     mesh.same("data", data.identity)
     a = plan(c, device, data)
-    modules, pipe = build(c, device, mesh, newest)
-    copied = {id(p) for p in pipe.copies} if pipe else set()
-    shares = parallel.Shares(
-        {name: (p, mesh.replicas.get((p.ndim == 3, id(p) in copied)))                 # of three dims: stacked experts
-         for module in modules for name, p in module.named_parameters()},
-        c.zero1, torch.bfloat16 if c.grad_sum == "bf16" else None)
-    if pipe:
-        pipe.copies = []                                     # their gradients are summed with those of other replicas
+    modules, pipe = ranks.build(c, device, mesh, c.init_from and not newest)              # one process: [V3], None
+    shares, counters = ranks.replicas(c, mesh, modules, pipe)
     gates = [gate for module in modules for gate in module.gates()]
-    counters = mesh.replicas.get((False, bool(pipe) and c.pipeline == "dualpipe"))          # of the loads of one gate
     optimizer = make_optimizer(c, shares.updated.values())
     ema = {name: p.detach().to("cpu", copy=True) for name, p in shares.owned.items()} if c.ema_decay else {}
     start, updates = 0, 0
@@ -465,7 +384,7 @@ def run(c, device, mesh, newest, command):
                     "torch": torch.__version__}, tokenizer)
 
     def report(step):
-        loss, bpb = evaluate_pipe(c, pipe, data, mesh) if pipe else evaluate(modules[0], data, mesh)
+        loss, bpb = ranks.evaluate(c, pipe, data, mesh) if pipe else evaluate(modules[0], data, mesh)
         log.write(step=step, time=time.time() - log.began, val_loss=loss, val_bpb=bpb)
         xz = data.identity["val_xz_bytes"]
         against = f", {bpb / (8 * xz / data.val_bytes):.3f}x of xz -9e" if xz else ""
@@ -483,7 +402,7 @@ def run(c, device, mesh, newest, command):
             totals = [size * c.seq_len] * counts, size
             parts = {"loss": 0.0, "mtp_loss": 0.0, "balance_loss": 0.0}
             if pipe:
-                parts = pipelined(c, pipe, batch, totals, mtp_weight(c, step))
+                parts = ranks.pipelined(c, pipe, batch, totals, mtp_weight(c, step))
             else:
                 for micro in batch.split(c.micro_batch_size):
                     loss, share = modules[0].loss(micro, totals=totals, mtp_weight=mtp_weight(c, step))

@@ -124,6 +124,7 @@ class Config:
     log_load: bool = param(False, "write the load of every expert in each step into metrics.jsonl (of rank 0's layers)")
     profile: bool = param(False, "trace a few steps for the torch profiler's viewers, then leave")
     plan: bool = param(False, "print the plan table and leave")
+    world: int = param(0, "--plan for so many ranks", 0)
 
     # Derived numbers that several files need.
     @property
@@ -143,7 +144,8 @@ FIELDS = {f.name: f for f in dataclasses.fields(Config)}
 # What may differ when a run is resumed: where and how it runs, not what it computes.
 MACHINE_FIELDS = {"micro_batch_size", "device", "compile", "recompute", "recompute_mla", "dp", "pp", "pipeline",
                   "ep", "nodes", "zero1", "timeout", "out_dir", "eval_interval", "eval_stride", "save_interval",
-                  "resume", "init_from", "eval_only", "log_load", "profile", "plan"}
+                  "resume", "init_from", "eval_only", "log_load", "profile", "plan",
+                  "world"}
 
 
 # --- from text to a checked Config ------------------------------------------------------------------------------------

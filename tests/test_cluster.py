@@ -47,7 +47,7 @@ def test_a_slow_network_shows():
     fast = plan(SMALL, "dualpipe", 16, 128, 16)[0]
     assert slow["exposed"] > 5 * fast["exposed"] and slow["step"] > fast["step"]
     one = plan(SMALL, "dualpipe", 16, 128, 1)[0]
-    assert one["travel"] == 0 and one["weights"] > 1.5 * fast["weights"]
+    assert one["travel"] == 0 and one["weights"] > fast["weights"]
 
 
 def test_the_stages_hold_the_whole_model():

@@ -77,8 +77,8 @@ def world(tmp_path_factory):
         yield folder
 
 
-def rank_main(rank, ranks, port, log, argv, fault):
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(ranks),
+def rank_main(rank, world, port, log, argv, fault):
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world),
                       MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     sys.argv, out = ["train.py", *argv], os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
@@ -471,3 +471,32 @@ def test_the_layout_of_ranks_is_that_of_the_drawing():
     meshes = [parallel.Mesh(rank, 8).arrange(c, [4]) for rank in range(8)]
     assert [(m.pp_rank, m.dp_rank, m.ep_rank) for m in meshes] == [(r // 4, r % 4, r % 2) for r in range(8)]
     assert [parallel.Mesh(0, 8).arrange(c.replace(ep=ep, pp=1), [8]).ep_nodes for ep in (2, 4, 8)] == [1, 1, 2]
+
+
+# --- the plan ---------------------------------------------------------------------------------------------------------
+
+def test_the_plan_of_v3_says_what_a_gpu_holds_and_what_each_technique_saves(capsys, monkeypatch):
+    monkeypatch.setattr(train, "Data", None)
+    assert train.main([str(ROOT / "configs/v3_671b.py"), "--plan"]) == 0
+    said = capsys.readouterr().out
+    assert "671.026B total" in said and "2,048 GPUs" in said and "experts over 64 ranks on 8 nodes" in said
+    assert re.search(r"fits 80 GB +yes: ([0-9.]+) GB weights.*\+ ([0-9.]+) GB activations", said)
+    weights, activations = map(float, re.search(r"yes: ([0-9.]+) GB.* ([0-9.]+) GB act", said).groups())
+    without = dict(re.findall(r"  without +(.*): ([0-9.]+) GB", said))
+    assert weights + activations < 80 and len(without) == 7
+    assert all(float(total) > weights + activations for total in without.values()), without
+    tokens_per_s, hours = re.search(r"([0-9,]+) tokens/s a GPU, ([0-9,]+)K GPU hours", said).groups()
+    assert float(hours) == pytest.approx(1e12 / float(tokens_per_s.replace(",", "")) / 3.6e6, rel=0.01)
+
+
+def test_the_parameters_of_all_the_ranks_are_those_of_v3():
+    c = configs.load([str(ROOT / "configs/v3_671b.py")])
+    with torch.device("meta"):
+        stages = model.stages(c, 32, range(32))
+    ranks, total = moe.ExpertRanks(8, 8, 63), 0
+    for stage in stages:
+        moe.spread(stage, ranks)
+        total += sum(p.numel() * (64 if p.ndim == 3 else 1) for name, p in stage.named_parameters())
+    mtp = sum(p.numel() * (64 if p.ndim == 3 else 1) for p in stages[-1].mtp.parameters())
+    assert stages[0].embed is stages[-1].embed
+    assert total - mtp - stages[0].embed.weight.numel() == 671_026_404_352 and round(mtp / 1e9, 2) == 11.61

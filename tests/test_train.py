@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 import configs
 import data
 import parallel
+import ranks
 import train
 from configs import Config, UserError
 from data import Data
@@ -213,7 +214,7 @@ def test_weight_decay_falls_on_matrices_only_embedding_and_head_included():
 
 
 def test_any_cut_into_micro_batches_trains_the_same_model(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "V3", lambda c: V3(c).double())                          # no rounding to hide behind
+    monkeypatch.setattr(ranks, "V3", lambda c: V3(c).double())                          # no rounding to hide behind
     for size in (2, 3, 8):
         go(tmp_path / str(size), micro_batch_size=size, max_steps=4, save_interval=0)
     whole = tensors(tmp_path / "8")

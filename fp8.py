@@ -221,7 +221,8 @@ if backend.has_triton():
         m = tl.program_id(0).to(tl.int64)
         tile, k = tl.arange(0, TILES), tl.arange(0, TILES)[:, None] * 128 + tl.arange(0, 128)[None, :]
         value = tl.load(x + m * x_stride + k, mask=k < K, other=0.0).to(tl.float32)                     # [TILES, 128]
-        inverse = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(tl.sum(value * value, 1), 0) / K + eps))
+        mean = tl.div_rn(tl.sum(tl.sum(value * value, 1), 0), K + 0.0)
+        inverse = tl.div_rn(1.0, tl.sqrt_rn(mean + eps))
         tl.store(r + m, inverse)
         if ROWS:
             value = value * inverse * tl.load(weight + k, mask=k < K, other=0.0).to(tl.float32)

@@ -105,10 +105,11 @@ def step_of(x, mantissa, lowest):
 
 
 def round_to(x, fmt):
-    """float32 -> the nearest number of the format, ties to even, still in float32; |x| at most fmt.largest."""
+    """float32 -> the nearest number of the format, ties to even, still in float32; |x| at most fmt.largest. What
+    vanishes keeps its sign, as it does in a GPU's own cast."""
     # 1.5 * 2^23 steps are so large that float32 itself has no digit left below one step, and rounds there.
     large = 1.5 * 2**23 * step_of(x, fmt.mantissa, fmt.lowest)
-    return (x + large) - large
+    return torch.copysign((x + large) - large, x)
 
 
 def round_up(scale):
@@ -134,6 +135,13 @@ def quantize_torch(x, rows=1, fmt=E4M3, pow2=False):
     bad = ~amax.isfinite()
     values = values.masked_fill(bad, 0).flatten(-2).flatten(-3, -2)[..., :M, :K].to(fmt.dtype)
     return Quantized(values.contiguous(), scale.masked_fill(bad, torch.nan).squeeze((-3, -1)))
+
+
+def swiglu_torch(h, weight=None):
+    """silu(a) * b in float32 for h = [a, b]: [R, 2F] -> [R, F]; times the rows' weight [R] if there is one."""
+    a, b = h.to(torch.float32).chunk(2, -1)
+    out = F.silu(a) * b
+    return out if weight is None else out * weight[:, None]
 
 
 # --- the product ------------------------------------------------------------------------------------------------------
@@ -177,9 +185,17 @@ def empty(*shape, device):
 
 
 if backend.has_triton():
+    INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
     @triton.jit
-    def scale_of(amax, POW2: tl.constexpr):
-        """The scale of a tile with the largest number amax, inf if one of them is none."""
+    def size(x):
+        """|x| as an integer, in the same order: NaN is above infinity, and that above all numbers."""
+        return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+    @triton.jit
+    def scale_of(largest, POW2: tl.constexpr):
+        """The scale of a tile; largest: the size of its largest number."""
+        amax = largest.to(tl.float32, bitcast=True)
         scale = tl.maximum(tl.div_rn(amax, 448.0), 1.1754943508222875e-38)
         if POW2:
             scale = (((scale.to(tl.int32, bitcast=True) + 0x7FFFFF) >> 23) << 23).to(tl.float32, bitcast=True)
@@ -187,34 +203,74 @@ if backend.has_triton():
 
     @triton.jit
     def to_e4m3(x, scale):
-        """x / scale in E4M3. Rounded before it is cast: a GPU's own cast would do, the interpreter's would not."""
+        """x / scale in E4M3. A GPU's cast rounds as the reference does; the interpreter's cuts off, so there it gets
+        what is already rounded."""
         x = tl.where(scale == scale, x * tl.div_rn(1.0, scale), 0.0)
-        x = tl.minimum(tl.maximum(x, -448.0), 448.0)
-        exponent = tl.maximum(((x.to(tl.int32, bitcast=True) >> 23) & 255) - 127, -6)
-        large = ((exponent - 3 + 127) << 23).to(tl.float32, bitcast=True) * 12582912.0
-        return ((x + large) - large).to(tl.float8e4nv)
+        if INTERPRETED:
+            clamped = tl.minimum(tl.maximum(x, -448.0), 448.0)
+            exponent = tl.maximum((size(clamped) >> 23) - 127, -6)
+            large = ((exponent - 3 + 127) << 23).to(tl.float32, bitcast=True) * 12582912.0
+            sign = x.to(tl.int32, bitcast=True) & -0x80000000
+            x = (size((clamped + large) - large) | sign).to(tl.float32, bitcast=True)
+        return x.to(tl.float8e4nv)
 
     @triton.jit
-    def quantize_kernel(x, x_scale, row, row_scale, column, column_scale, M, K, x_stride, x_scale_m, x_scale_k,
-                        row_stride, column_stride, SCALED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-                        POW2: tl.constexpr, BLOCK_M: tl.constexpr):
-        """BLOCK_M x 128 of x: read once, written in 1x128 tiles and (BLOCK_M = 128) transposed in 128x1 tiles."""
-        m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    def norm_kernel(x, weight, r, row, row_scale, M, K, eps, x_stride, row_stride, ROWS: tl.constexpr,
+                    POW2: tl.constexpr, TILES: tl.constexpr):
+        """1 / rms of a row of x, and (ROWS) what RMSNorm makes of it in 1x128 tiles."""
+        m = tl.program_id(0).to(tl.int64)
+        tile, k = tl.arange(0, TILES), tl.arange(0, TILES)[:, None] * 128 + tl.arange(0, 128)[None, :]
+        value = tl.load(x + m * x_stride + k, mask=k < K, other=0.0).to(tl.float32)                     # [TILES, 128]
+        mean = tl.div_rn(tl.sum(tl.sum(value * value, 1), 0), K + 0.0)
+        inverse = tl.div_rn(1.0, tl.sqrt_rn(mean + eps))
+        tl.store(r + m, inverse)
+        if ROWS:
+            value = value * inverse * tl.load(weight + k, mask=k < K, other=0.0).to(tl.float32)
+            scale = scale_of(tl.max(size(value), 1), POW2)
+            tl.store(row_scale + tile * M + m, scale, mask=tile * 128 < K)
+            tl.store(row + m * row_stride + k, to_e4m3(value, scale[:, None]), mask=k < K)
+
+    @triton.jit
+    def quantize_kernel(x, x_scale, weight, r, row, row_scale, column, column_scale, M, K, x_stride, x_scale_m,
+                        x_scale_k, row_stride, column_stride, SCALED: tl.constexpr, BEFORE: tl.constexpr,
+                        ROWS: tl.constexpr, COLUMNS: tl.constexpr, POW2: tl.constexpr, BLOCK_M: tl.constexpr,
+                        APART: tl.constexpr):
+        """BLOCK_M x 128 of before(x): read once, written in 1x128 tiles and (BLOCK_M = 128) transposed in 128x1 tiles.
+
+        APART: rows that the threads load at once. Those of a thread come in steps of APART; we let them be neighbours
+        in x, so that it holds what lies together in the transpose, and stores words and not single bytes.
+        """
+        order = tl.arange(0, BLOCK_M)
+        order = order % APART * (BLOCK_M // APART) + order // APART if COLUMNS else order
+        m = tl.program_id(0).to(tl.int64) * BLOCK_M + order
         k = tl.program_id(1).to(tl.int64) * 128 + tl.arange(0, 128)
         inside = (m < M)[:, None] & (k < K)[None, :]
-        tile = tl.load(x + m[:, None] * x_stride + k[None, :], mask=inside, other=0.0).to(tl.float32)
+        x += m[:, None] * x_stride + k[None, :]
+        x_scale += m * x_scale_m + tl.program_id(1) * x_scale_k
+        tile = tl.load(x, mask=inside, other=0.0).to(tl.float32)
         if SCALED:
-            tile *= tl.load(x_scale + m * x_scale_m + tl.program_id(1) * x_scale_k, mask=m < M, other=0.0)[:, None]
-        size = tl.where(tile == tile, tl.abs(tile), float("inf"))
+            tile *= tl.load(x_scale, mask=m < M, other=0.0)[:, None]
+        if BEFORE == "norm":
+            tile *= tl.load(r + m, mask=m < M, other=0.0)[:, None]
+            tile *= tl.load(weight + k, mask=k < K, other=0.0).to(tl.float32)[None, :]
+        if BEFORE == "SwiGLU":
+            up = tl.load(x + K, mask=inside, other=0.0).to(tl.float32)
+            if SCALED:
+                up *= tl.load(x_scale + K // 128 * x_scale_k, mask=m < M, other=0.0)[:, None]
+            tile = tile / (1 + tl.exp(-tile)) * up
+            if weight is not None:
+                tile *= tl.load(weight + m, mask=m < M, other=0.0).to(tl.float32)[:, None]
         if ROWS:
-            scale = scale_of(tl.max(size, 1), POW2)
+            scale = scale_of(tl.max(size(tile), 1), POW2)
             tl.store(row_scale + tl.program_id(1) * M + m, scale, mask=m < M)
             tl.store(row + m[:, None] * row_stride + k[None, :], to_e4m3(tile, scale[:, None]), mask=inside)
         if COLUMNS:
-            scale = scale_of(tl.max(size, 0), POW2)
+            scale = scale_of(tl.max(size(tile), 0), POW2)
             tl.store(column_scale + tl.program_id(0) * K + k, scale, mask=k < K)
-            tl.store(column + k[:, None] * column_stride + m[None, :], to_e4m3(tile, scale[None, :]).T,
-                     mask=(k < K)[:, None] & (m < M)[None, :])
+            q = to_e4m3(tile, scale[None, :])
+            q = tl.trans(q.reshape(BLOCK_M // APART, APART, 128), 2, 1, 0).reshape(128, BLOCK_M)    # in x's own order
+            m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+            tl.store(column + k[:, None] * column_stride + m[None, :], q, mask=(k < K)[:, None] & (m < M)[None, :])
 
     @triton.jit
     def blocks_kernel(w, q, q_scale, M, K, q_stride):
@@ -223,7 +279,7 @@ if backend.has_triton():
         m, k = i * 128 + tl.arange(0, 128), j * 128 + tl.arange(0, 128)
         inside = (m < M)[:, None] & (k < K)[None, :]
         block = tl.load(w + e * M * K + m.to(tl.int64)[:, None] * K + k[None, :], mask=inside, other=0.0).to(tl.float32)
-        scale = scale_of(tl.max(tl.where(block == block, tl.abs(block), float("inf"))), False)
+        scale = scale_of(tl.max(size(block)), False)
         tl.store(q_scale + (e * tl.num_programs(0) + i) * tl.num_programs(1) + j, scale)
         tl.store(q + e * M * q_stride + m.to(tl.int64)[:, None] * q_stride + k[None, :], to_e4m3(block, scale),
                  mask=inside)
@@ -266,20 +322,48 @@ if backend.has_triton():
         tl.store(y, total, mask=inside)
 
 
+def launch(x, M, K, pow2, rows, columns, before=None, weight=None, r=None):
+    """quantize_kernel on before(x), an M x K matrix -> its 1x128 tiles or None, its 128x1 tiles or None."""
+    q = x if isinstance(x, Quantized) else None
+    x = q.values if q else x if x.stride(1) == 1 else x.contiguous()
+    make = lambda *shape: torch.empty(*shape, dtype=torch.float32, device=x.device)
+    m, k, BLOCK_M, warps = triton.cdiv(M, BLOCK), triton.cdiv(K, BLOCK), *((BLOCK, 8) if columns else (32, 4))
+    row = Quantized(empty(M, K, device=x.device), make(k, M).t()) if rows else None
+    column = Quantized(empty(K, M, device=x.device), make(m, K).t()) if columns else None
+    a, b, s = row or column, column or row, q.scale if q else x            # what is not asked for is not written
+    APART = warps * 32 * 16 // (BLOCK * x.element_size())                  # each thread loads 16 bytes of a row
+    quantize_kernel[triton.cdiv(M, BLOCK_M), k](
+        x, s, weight, r, a.values, a.scale, b.values, b.scale, M, K, x.stride(0), *s.stride(), a.values.stride(0),
+        b.values.stride(0), q is not None, before, rows, columns, pow2, BLOCK_M, APART, num_warps=warps)
+    return row, column
+
+
 def quantize_triton(x, pow2=False, rows=True, columns=False):
     """x [M, K], plain or Quantized in 1x128 -> (its 1x128 tiles or None, its 128x1 tiles as the transpose or None), in
     one pass over x. The bits are quantize_torch's."""
-    q = x if isinstance(x, Quantized) else None
-    x = q.values if q else x if x.stride(1) == 1 else x.contiguous()
-    (M, K), make = x.shape, lambda *shape: torch.empty(*shape, dtype=torch.float32, device=x.device)
-    m, k, BLOCK_M = triton.cdiv(M, BLOCK), triton.cdiv(K, BLOCK), BLOCK if columns else 32
-    row = Quantized(empty(M, K, device=x.device), make(k, M).t()) if rows else None
-    column = Quantized(empty(K, M, device=x.device), make(m, K).t()) if columns else None
-    r, c, s = row or column, column or row, q.scale if q else x            # what is not asked for is not written
-    quantize_kernel[triton.cdiv(M, BLOCK_M), k](
-        x, s, r.values, r.scale, c.values, c.scale, M, K, x.stride(0), *s.stride(), r.values.stride(0),
-        c.values.stride(0), q is not None, rows, columns, pow2, BLOCK_M, num_warps=8 if columns else 4)
-    return row, column
+    return launch(x, *(x.values if isinstance(x, Quantized) else x).shape, pow2, rows, columns)
+
+
+def swiglu_quantize_triton(h, weight=None, pow2=False, rows=True, columns=False):
+    """quantize_triton of swiglu_torch(h, weight), which is never written; h plain or Quantized in 1x128. The bits are
+    those of quantize_torch but for the last two of exp."""
+    if isinstance(h, Quantized) and h.values.shape[1] % (2 * BLOCK):                       # its halves share a tile
+        h = h.dequantize()
+    M, K = (h.values if isinstance(h, Quantized) else h).shape
+    return launch(h, M, K // 2, pow2, rows, columns, "SwiGLU", weight)
+
+
+def norm_quantize_triton(x, weight, eps, pow2=False, rows=True, columns=False):
+    """quantize_triton of RMSNorm(x) * weight in float32, which is never written: x [M, K] with rows of up to 16384.
+    The bits are those of quantize_torch but for the order in which a row's squares are summed."""
+    x = x if x.stride(1) == 1 else x.contiguous()
+    (M, K), k = x.shape, triton.cdiv(x.shape[1], BLOCK)
+    r, scale = (torch.empty(*shape, dtype=torch.float32, device=x.device) for shape in ((M,), (k if rows else 0, M)))
+    row = Quantized(empty(M if rows else 0, K, device=x.device), scale.t())
+    norm_kernel[M,](x, weight, r, row.values, row.scale, M, K, eps, x.stride(0), row.values.stride(0), rows, pow2,
+                    triton.next_power_of_2(k), num_warps=8)
+    column = launch(x, M, K, pow2, False, True, "norm", weight, r)[1] if columns else None
+    return row if rows else None, column
 
 
 def blocks_triton(w):
@@ -351,6 +435,20 @@ def quantize_columns(x, pow2=False, reference=False):
     return quantize_torch((x.dequantize() if q else x).mT, pow2=pow2)
 
 
+def quantize_swiglu(h, gate=None, pow2=False, reference=False):
+    """quantize of swiglu_torch(h, gate)."""
+    if fast(h, reference):
+        return swiglu_quantize_triton(h, gate, pow2)[0]
+    return quantize_torch(swiglu_torch(h, gate), pow2=pow2)
+
+
+def quantize_swiglu_columns(h, gate=None, pow2=False, reference=False):
+    """quantize_columns of swiglu_torch(h, gate); h Quantized in 1x128 tiles."""
+    if fast(h.values, reference):
+        return swiglu_quantize_triton(h, gate, pow2, rows=False, columns=True)[1]
+    return quantize_torch(swiglu_torch(h.dequantize(), gate).mT, pow2=pow2)
+
+
 def quantize_both(x, reference=False):
     """x [M, K] -> (quantize, quantize_columns) of it: what Dgrad and Wgrad need of a gradient."""
     return quantize_triton(x, columns=True) if fast(x, reference) else (quantize_torch(x), quantize_torch(x.mT))
@@ -378,14 +476,6 @@ def gemm(a, b, y, reference=False, add=False):
 
 
 # --- SwiGLU, between the two products of an FFN -----------------------------------------------------------------------
-
-def swiglu_torch(h, gate=None):
-    """silu(a) * b for h = [a, b], of each row times its gate weight: h [R, 2F], plain or Quantized, gate [R] or None
-    -> float32 [R, F]."""
-    a, b = (h.dequantize() if isinstance(h, Quantized) else h.to(torch.float32)).chunk(2, -1)
-    y = F.silu(a) * b
-    return y if gate is None else y * gate.to(torch.float32)[:, None]
-
 
 def swiglu_backward_torch(h, dy, gate=None):
     """The gradients of swiglu_torch for h Quantized [R, 2F], dy [R, F] -> (dh [R, 2F], dgate [R] or None), each in its
@@ -447,14 +537,15 @@ if backend.has_triton():
         k = tl.program_id(1) * 128 + tl.arange(0, 128)
         inside = (m < M)[:, None] & (k < K)[None, :]
         tile = tl.load(x + m[:, None] * x_stride + k[None, :], mask=inside, other=0.0).to(tl.float32)
-        amax = tl.max(tl.where(tile == tile, tl.abs(tile), float("inf")), 1)
+        amax = tl.max(size(tile), 1).to(tl.float32, bitcast=True)
         scale = tl.maximum(tl.div_rn(amax, 65024.0), 1.1754943508222875e-38)
         scale = (((scale.to(tl.int32, bitcast=True) + 0x7FFFFF) >> 23) << 23).to(tl.float32, bitcast=True)
         good = amax < float("inf")
         tile = tl.where(good[:, None], tile * tl.div_rn(1.0, scale)[:, None], 0.0)
-        exponent = tl.maximum(((tile.to(tl.int32, bitcast=True) >> 23) & 255) - 127, -14)
+        exponent = tl.maximum((size(tile) >> 23) - 127, -14)
         large = ((exponent - 6 + 127) << 23).to(tl.float32, bitcast=True) * 12582912.0
-        tl.store(q + m[:, None] * K + k[None, :], ((tile + large) - large).to(tl.float16), mask=inside)
+        tile = size((tile + large) - large) | (tile.to(tl.int32, bitcast=True) & -0x80000000)
+        tl.store(q + m[:, None] * K + k[None, :], tile.to(tl.float32, bitcast=True).to(tl.float16), mask=inside)
         tl.store(q_scale + tl.program_id(1) * M + m, tl.where(good, scale, float("nan")), mask=m < M)
 
 
@@ -539,7 +630,8 @@ class Products(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, ends, recipe, swiglu=False, gate=None):
-        a = quantize(swiglu_torch(x, gate) if swiglu else x, recipe.pow2, recipe.reference)
+        a = quantize_swiglu(x, gate, recipe.pow2, recipe.reference) if swiglu else \
+            quantize(x, recipe.pow2, recipe.reference)
         w, y = quantized(weight, recipe.reference), x.new_empty(len(x), weight.shape[-2])
         for e, rows in busy(ends):
             gemm(a[rows], w[e], y[rows], recipe.reference)
@@ -577,8 +669,9 @@ def wgrad(weight, dy_columns, x, ends, recipe, swiglu=False, gate=None, grad=Non
         grad = (torch.empty_like if len(dy_columns) == len(ends) else torch.zeros_like)(weight)
     stack = grad.view(-1, *weight.shape[-2:])
     for e, rows in busy(ends):
-        a = swiglu_torch(x[rows], None if gate is None else gate[rows]) if swiglu else x[rows]
-        columns = quantize_columns(a, recipe.pow2, recipe.reference)                          # [in, its rows]
+        own = None if gate is None else gate[rows]
+        columns = quantize_swiglu_columns(x[rows], own, recipe.pow2, recipe.reference) \
+            if swiglu else quantize_columns(x[rows], recipe.pow2, recipe.reference)           # [in, its rows]
         gemm(dy_columns[e], columns, stack[e], recipe.reference, add)
     return grad
 

@@ -78,6 +78,59 @@ def test_what_the_linear_after_attention_keeps_is_the_references_bit_for_bit(M, 
         torch.testing.assert_close(q.scale, expected.scale, rtol=0, atol=0, equal_nan=True)
 
 
+def close(ours, theirs):
+    """The same, but for a last bit before the rounding: nearly all values equal, none further than one step away."""
+    assert ours.scale.shape == theirs.scale.shape and ours.values.shape == theirs.values.shape
+    torch.testing.assert_close(ours.scale, theirs.scale, rtol=1e-6, atol=0, equal_nan=True)
+    assert (ours.values.view(torch.uint8) == theirs.values.view(torch.uint8)).float().mean() > 0.995
+    x, y = ours.dequantize(), theirs.dequantize()
+    step = torch.maximum(y.abs() / 8, y.abs().max() / 448 * 2**-9)
+    assert ((x - y).abs() <= 1.01 * step)[y.isfinite()].all()
+
+
+def both(before, x, *extra, **options):
+    """The kernel's rows and columns, each alone and the two together."""
+    row, column = before(x, *extra, columns=True, **options)
+    equal(before(x, *extra, **options)[0], row)
+    none, alone = before(x, *extra, rows=False, columns=True, **options)
+    assert none is None
+    equal(alone, column)
+    return row, column
+
+
+@pytest.mark.parametrize("M, K", [(3, 127), (129, 300)] + [(1000, 7168)] * GPU)
+def test_rmsnorm_is_quantized_in_the_pass_that_computes_it(M, K):
+    def norm(x):
+        mean = x.square().sum(-1, keepdim=True) / torch.full((M, 1), float(K), device=DEVICE)
+        root = (mean + 1e-6).double().sqrt().float()                              # a CPU's may be off by a bit
+        return x * root.reciprocal() * weight
+    weight = torch.randn(K, device=DEVICE)
+    whole = torch.randint(-8, 9, (M, K), device=DEVICE).float()                # squares that no order of summing rounds
+    for pow2 in (False, True):
+        row, column = both(fp8.norm_quantize_triton, whole, weight, 1e-6, pow2=pow2)
+        equal(row, quantize_torch(norm(whole), pow2=pow2))
+        equal(column, quantize_torch(norm(whole).t(), pow2=pow2))
+    x = samples(M, K)["bf16"].to(DEVICE)
+    row, column = both(fp8.norm_quantize_triton, x, weight, 1e-6)
+    close(row, quantize_torch(norm(x.float())))
+    close(column, quantize_torch(norm(x.float()).t()))
+
+
+@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "times the gate's weight"])
+@pytest.mark.parametrize("M, F", [(3, 127), (129, 256)] + [(1000, 2048)] * GPU)
+def test_swiglu_is_quantized_in_the_pass_that_computes_it(M, F, weighted):
+    weight = torch.rand(M, device=DEVICE) if weighted else None
+    # Where exp is 0 or infinite, silu(a) is a or 0, and nothing depends on how exp rounds.
+    certain = torch.randn(M, 2 * F, device=DEVICE)
+    certain[:, :F] = torch.tensor([-200.0, 0.0, 120.0, 333.0], device=DEVICE)[torch.randint(4, (M, F), device=DEVICE)]
+    plain = torch.randn(M, 2 * F, device=DEVICE).to(torch.bfloat16)
+    for h, same in ((certain, equal), (plain, close), (fp8.quantize_triton(plain)[0], close)):  # the last: kept in FP8
+        row, column = both(fp8.swiglu_quantize_triton, h, weight)
+        y = fp8.swiglu_torch(h.dequantize() if isinstance(h, Quantized) else h, weight)
+        same(row, quantize_torch(y))
+        same(column, quantize_torch(y.t()))
+
+
 @pytest.mark.parametrize("E, M, K", [(1, 1, 1), (1, 130, 300), (3, 128, 40), (2, 200, 128)])
 def test_blocks_and_their_transpose_are_quantized_bit_for_bit(E, M, K):
     for name, w in samples(E * M, K).items():

@@ -580,8 +580,11 @@ def gemm_wide(a, b, y, add=False):
     return y
 
 
+FEW = 128                                     # rows, up to which a product is bound by reading the weight
+
+
 def gemm_few(a, b, y):
-    """gemm_plain for up to 128 rows and b in blocks; a's scales as for gemm_wide."""
+    """gemm_plain for up to FEW rows and b in blocks; a's scales as for gemm_wide."""
     (M, N), steps = y.shape, a.scale.shape[1]
     BLOCK_M, blocks = max(16, triton.next_power_of_2(M)), triton.cdiv(N, 64)
     shares = max(1, min(2 * backend.multiprocessors(y.device) // blocks, steps // 8))
@@ -599,7 +602,7 @@ def gemm_triton(a, b, y, add=False):
     (M, N), columns = y.shape, a.scale.stride(0) == 1 and (len(b.scale) < len(b.values) or b.scale.stride(0) == 1)
     if not y.is_cuda or not backend.hopper(y.device) or not columns:
         return gemm_plain(a, b, y, add)
-    if M <= 128 and len(b.scale) < N and not add:
+    if M <= FEW and len(b.scale) < N and not add:
         return gemm_few(a, b, y)
     return gemm_wide(a, b, y, add)
 

@@ -982,7 +982,7 @@ def decode_triton(q_latent, q_rope, latents, positions, scale, splits=None):
         splits = min(backend.multiprocessors(q_latent.device) * programs // (blocks * B), c_kv.shape[1] // 128)
         splits = max(splits, 1)
     out, positions = torch.empty(q_latent.shape, dtype=q_latent.dtype, device=q_latent.device), positions.contiguous()
-    parts = torch.empty(splits, *out.shape, dtype=torch.float32, device=out.device) if splits > 1 else out
+    parts = torch.empty(splits, *out.shape, dtype=out.dtype, device=out.device) if splits > 1 else out
     lse = torch.empty(splits, B, T, H, dtype=torch.float32, device=out.device)
     args = (q_latent.contiguous(), q_rope.contiguous(), c_kv, k_rope, positions, parts, lse, scale * math.log2(math.e),
             T, H, splits, *c_kv.stride()[:2], *k_rope.stride()[:2])

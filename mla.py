@@ -485,34 +485,42 @@ if backend.has_triton():
 
     # Nearly all of pre-training is V3's dims and texts without boundaries, and for those the same again, faster. Above,
     # all warps do everything in turn, and tensor cores idle while they compute a softmax. Gluon is Triton with layouts,
-    # places and waits written by hand: here the warps have jobs of their own.
+    # slots and waits written by hand: here the warps have jobs of their own.
     #
-    #     1 warp        K V  K V  K V ...                            loads tiles into two places, as these become free
+    #     1 warp        K V  K V  K V ...                            loads tiles into two slots, as these become free
     #     4 warps       S0 | softmax   | S1 + P0 V0 | softmax   ...  64 queries
     #     4 warps            S0 | softmax   | S1 + P0 V0 | softmax   64 more, which multiply while the others do softmax
     #
-    # They meet at barriers in shared memory. One is complete when what it waits for has come so many times, and starts
-    # over; a wait names the round by its parity, and before the first round parity 1 counts as complete.
+    # They meet at barriers in shared memory. A round of a barrier is complete when so many bytes have come, or so many
+    # groups have arrived; the next begins. One waits for a round by its parity; the one before the first, 1, is complete.
 
     @gluon.jit
-    def load_tiles(sources, columns, places, full, empty, b, m0):
+    def barriers(number: gl.constexpr, arrivals: gl.constexpr):
+        new = gl.allocate_shared_memory(gl.int64, [number, 1], mbarrier.MBarrierLayout())
+        for i in gl.static_range(number):
+            mbarrier.init(new.index(i), count=arrivals)
+        return new
+
+    @gluon.jit
+    def load_tiles(sources, columns, slots, gates, b, m0):
         """The loading warp: the queries, then keys and values, from the diagonal's to the first."""
         q_nope, q_rope, k_nope, k_rope, v = sources
         at_qn, at_qr, at_kn, at_v = columns
-        all_qn, all_qr, all_kn, all_kr, all_v = places
-        mbarrier.expect(full.index(4), 2 * (q_nope.block_type.nbytes + q_rope.block_type.nbytes))
+        all_qn, all_qr, all_kn, all_kr, all_v = slots
+        q_full, k_full, v_full, k_free, v_free = gates
+        mbarrier.expect(q_full.index(0), 2 * (q_nope.block_type.nbytes + q_rope.block_type.nbytes))
         for half in gl.static_range(2):
-            tma_load(q_nope, [b, m0 + 64 * half, at_qn], full.index(4), all_qn.index(half))
-            tma_load(q_rope, [b, m0 + 64 * half, at_qr], full.index(4), all_qr.index(half))
+            tma_load(q_nope, [b, m0 + 64 * half, at_qn], q_full.index(0), all_qn.index(half))
+            tma_load(q_rope, [b, m0 + 64 * half, at_qr], q_full.index(0), all_qr.index(half))
         for n in range(m0 // 128 + 1):
-            place, parity, n0 = n % 2, n // 2 & 1, m0 - 128 * n
-            mbarrier.wait(empty.index(place), parity ^ 1)
-            mbarrier.expect(full.index(place), k_nope.block_type.nbytes + k_rope.block_type.nbytes)
-            tma_load(k_nope, [b, n0, at_kn], full.index(place), all_kn.index(place))
-            tma_load(k_rope, [b, n0, 0], full.index(place), all_kr.index(place))
-            mbarrier.wait(empty.index(2 + place), parity ^ 1)
-            mbarrier.expect(full.index(2 + place), v.block_type.nbytes)
-            tma_load(v, [b, n0, at_v], full.index(2 + place), all_v.index(place))
+            slot, done, n0 = n % 2, n // 2 & 1 ^ 1, m0 - 128 * n
+            mbarrier.wait(k_free.index(slot), done)
+            mbarrier.expect(k_full.index(slot), k_nope.block_type.nbytes + k_rope.block_type.nbytes)
+            tma_load(k_nope, [b, n0, at_kn], k_full.index(slot), all_kn.index(slot))
+            tma_load(k_rope, [b, n0, 0], k_full.index(slot), all_kr.index(slot))
+            mbarrier.wait(v_free.index(slot), done)
+            mbarrier.expect(v_full.index(slot), v.block_type.nbytes)
+            tma_load(v, [b, n0, at_v], v_full.index(slot), all_v.index(slot))
 
     @gluon.jit
     def start_scores(q_nope, q_rope, k_nope, k_rope):
@@ -522,48 +530,51 @@ if backend.has_triton():
 
     @gluon.jit
     def soften(s, top, total, scale):
-        """The running softmax: the weights of a tile's scores, and how much all before shrinks."""
+        """The running softmax: a tile's weights, the factor for all before it, and its largest score and sum so far."""
         higher = gl.maximum(top, gl.max(s, 1) * scale)
         p, shrink = gl.exp2(s * scale - higher[:, None]), gl.exp2(top - higher)
         return p, shrink, higher, total * shrink + gl.sum(p, 1)
 
     @gluon.jit
-    def attend_half(half: gl.constexpr, places, full, empty, turn, out, lse, b, at_out, m0, T, scale):
-        """Four warps: 64 queries."""
+    def attend_half(half: gl.constexpr, slots, gates, turn, out, lse, b, at_out, m0, T, scale):
+        """Four warps: 64 queries. `turn`: whose products may start, those of the other half having started."""
         TILE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])       # of scores, and of output
-        LEFT: gl.constexpr = gl.DotOperandLayout(0, TILE, 2)                                # p stays in registers
-        all_qn, all_qr, all_kn, all_kr, all_v = places
-        q_nope, q_rope = all_qn.index(half).reshape([64, 128]), all_qr.index(half).reshape([64, 64])
         ROWS: gl.constexpr = gl.SliceLayout(1, TILE)
+        LEFT: gl.constexpr = gl.DotOperandLayout(0, TILE, 2)                                # p stays in registers
+        all_qn, all_qr, all_kn, all_kr, all_v = slots
+        q_full, k_full, v_full, k_free, v_free = gates
+        q_nope, q_rope = all_qn.index(half).reshape([64, 128]), all_qr.index(half).reshape([64, 64])
         rows, cols = m0 + 64 * half + gl.arange(0, 64, ROWS), m0 + gl.arange(0, 128, gl.SliceLayout(0, TILE))
         top, total = gl.full([64], -1e30, gl.float32, ROWS), gl.zeros([64], gl.float32, ROWS)
         acc = gl.zeros([64, 128], gl.float32, TILE)
-        mbarrier.wait(full.index(4), 0)
-        mbarrier.wait(full.index(0), 0)
+
+        mbarrier.wait(q_full.index(0), 0)
+        mbarrier.wait(k_full.index(0), 0)
         s = hopper.warpgroup_mma_wait(0, [start_scores(q_nope, q_rope, all_kn.index(0), all_kr.index(0))])
-        mbarrier.arrive(empty.index(0), count=1)
+        mbarrier.arrive(k_free.index(0), count=1)
         s = gl.where(cols[None, :] <= rows[:, None], s, -float("inf"))
         p, shrink, top, total = soften(s, top, total, scale)
         p = gl.convert_layout(p.to(gl.bfloat16), LEFT)
         for n in range(1, m0 // 128 + 1):
             here, before = n % 2, (n - 1) % 2
-            mbarrier.wait(full.index(2 + before), (n - 1) // 2 & 1)
-            mbarrier.wait(full.index(here), n // 2 & 1)
+            mbarrier.wait(v_full.index(before), (n - 1) // 2 & 1)
+            mbarrier.wait(k_full.index(here), n // 2 & 1)
             mbarrier.wait(turn.index(half), n & 1 ^ half)                                   # the first half goes first
             s = start_scores(q_nope, q_rope, all_kn.index(here), all_kr.index(here))
             acc = hopper.warpgroup_mma(p, all_v.index(before).reshape([128, 128]), acc, is_async=True)
             mbarrier.arrive(turn.index(1 - half), count=1)
             s = hopper.warpgroup_mma_wait(1, [s])                                           # all but the last product
-            mbarrier.arrive(empty.index(here), count=1)
+            mbarrier.arrive(k_free.index(here), count=1)
             weights, shrink, top, total = soften(s, top, total, scale)
             acc, p = hopper.warpgroup_mma_wait(0, [acc, p])
-            mbarrier.arrive(empty.index(2 + before), count=1)
+            mbarrier.arrive(v_free.index(before), count=1)
             acc *= shrink[:, None]
             p = gl.convert_layout(weights.to(gl.bfloat16), LEFT)
         last = m0 // 128
-        mbarrier.wait(full.index(2 + last % 2), last // 2 & 1)
+        mbarrier.wait(v_full.index(last % 2), last // 2 & 1)
         acc = hopper.warpgroup_mma(p, all_v.index(last % 2).reshape([128, 128]), acc, is_async=True)
         acc, p = hopper.warpgroup_mma_wait(0, [acc, p])
+
         gl.store(lse + rows, top + gl.log2(total), mask=rows < T)
         q_nope.store((acc / total[:, None]).to(gl.bfloat16))                                # nobody reads it any more
         hopper.fence_async_shared()
@@ -576,26 +587,20 @@ if backend.has_triton():
         """attention_forward for dims 128, 64, 128 and one text a row: 128 queries of a head, tiles of 128 keys."""
         tile, bh = place(gl.cdiv(T, 128), BH, group)
         m0, b, h = (gl.cdiv(T, 128) - 1 - tile) * 128, bh // H, bh % H
-        PLACE: gl.constexpr = k_nope.layout
-        places = (gl.allocate_shared_memory(gl.bfloat16, [2, 1, 64, 128], PLACE),           # q_nope of both halves
-                  gl.allocate_shared_memory(gl.bfloat16, [2, 1, 64, 64], PLACE),            # q_rope
-                  gl.allocate_shared_memory(gl.bfloat16, [2, 1, 128, 128], PLACE),          # k_nope of two tiles
-                  gl.allocate_shared_memory(gl.bfloat16, [2, 1, 128, 64], PLACE),           # k_rope
-                  gl.allocate_shared_memory(gl.bfloat16, [2, 1, 128, 128], PLACE))          # v
-        full = gl.allocate_shared_memory(gl.int64, [5, 1], mbarrier.MBarrierLayout())       # keys 0, 1, values 0, 1, q
-        empty = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
-        turn = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-        for i in gl.static_range(5):
-            mbarrier.init(full.index(i), count=1)
-        for i in gl.static_range(4):
-            mbarrier.init(empty.index(i), count=2)                                          # both halves must be done
-        for i in gl.static_range(2):
-            mbarrier.init(turn.index(i), count=1)
+        LAYOUT: gl.constexpr = k_nope.layout
+        slots = (gl.allocate_shared_memory(gl.bfloat16, [2, 1, 64, 128], LAYOUT),           # q_nope of both halves
+                 gl.allocate_shared_memory(gl.bfloat16, [2, 1, 64, 64], LAYOUT),            # q_rope
+                 gl.allocate_shared_memory(gl.bfloat16, [2, 1, 128, 128], LAYOUT),          # k_nope of two tiles
+                 gl.allocate_shared_memory(gl.bfloat16, [2, 1, 128, 64], LAYOUT),           # k_rope
+                 gl.allocate_shared_memory(gl.bfloat16, [2, 1, 128, 128], LAYOUT))          # v
+        gates = (barriers(1, 1), barriers(2, 1), barriers(2, 1),                            # q, k, v are there
+                 barriers(2, 2), barriers(2, 2))                                            # k, v: both halves are done
+        turn = barriers(2, 1)
         hopper.fence_async_shared()
         sources, columns = (q_nope, q_rope, k_nope, k_rope, v), (h * head_qn, h * head_qr, h * head_kn, h * head_v)
-        half = (places, full, empty, turn, out, lse + bh * stride_l, b, h * 128, m0, T, scale)
+        half = (slots, gates, turn, out, lse + bh * stride_l, b, h * 128, m0, T, scale)
         gl.warp_specialize([(attend_half, (gl.constexpr(0),) + half), (attend_half, (gl.constexpr(1),) + half),
-                            (load_tiles, (sources, columns, places, full, empty, b, m0))], [4, 1], [240, 24])
+                            (load_tiles, (sources, columns, slots, gates, b, m0))], [4, 1], [240, 24])
 
     @triton.jit
     def keys_step(m0, cols, k_nope, k_rope, v, q_nope, q_rope, dout, lse, delta, starts, b, bh, at_qn, at_qr, at_o,

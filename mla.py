@@ -492,7 +492,7 @@ if backend.has_triton():
     #     4 warps            S0 | softmax   | S1 + P0 V0 | softmax   64 more, which multiply while the others do softmax
     #
     # They meet at barriers in shared memory. A round of a barrier is complete when so many bytes have come, or so many
-    # groups have arrived; the next begins. One waits for a round by its parity; the one before the first, 1, is complete.
+    # groups have arrived; then the next begins. One waits for a round by its parity; a new barrier has completed a 1.
 
     @gluon.jit
     def barriers(number: gl.constexpr, arrivals: gl.constexpr):

@@ -223,11 +223,24 @@ def fp8_kernels(device):
     return "Triton", "the GPU has FP8"
 
 
+def experts(device, dtype, dims, fp8=False):
+    """(path, why) of the experts of many tokens, of dims (dim, moe_inter_dim), in `dtype` or FP8."""
+    grouped = device.type == "cuda" and dtype == torch.bfloat16 and not fp8
+    other = "F.grouped_mm" if grouped else "one product per busy expert"
+    if no_triton(device) or not hopper(device):
+        return other, no_triton(device) or "the kernels' tiles are made for Hopper"
+    if dtype != torch.bfloat16:
+        return other, "the kernels take BF16 and FP8"
+    steps = (16, 128) if fp8 else (8, 8)
+    if any(d % step for d, step in zip(dims, steps)):
+        return other, "dim, moe_inter_dim = {}, {} are no multiples of {}, {}".format(*dims, *steps)
+    return "Triton", "sorted by index, gathered while they are multiplied, summed by token"
+
+
 def table(device, config):
     """[(mechanism, path taken, why)] for the start-up table of a Config."""
-    gpu = device.type == "cuda"
     dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
-    grouped, fp8 = gpu and config.precision == "bf16", config.precision.startswith("fp8")
+    fp8 = config.precision.startswith("fp8")
     asked = ("torch", "the reference was asked for") if config.precision == "fp8_reference" else fp8_kernels(device)
     dims = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
     latent = config.kv_lora_rank, config.qk_rope_head_dim
@@ -237,8 +250,8 @@ def table(device, config):
         ("norm, RoPE", "torch" if no_triton(device) else "Triton", no_triton(device) or "one pass over memory each"
          + ("" if dims[1] & dims[1] - 1 == 0 else f"; RoPE in torch, d_r = {dims[1]} is no power of two")),
         *([("FP8", *asked)] if fp8 else []),
-        ("experts", "F.grouped_mm" if grouped else "one product per busy expert",
-         "FP8" if fp8 else "BF16 on a GPU" if grouped else "grouped_mm wants BF16 on a GPU"),
+        ("experts", *(("one product per busy expert", asked[1]) if config.precision == "fp8_reference" else
+                      experts(device, dtype, (config.dim, config.moe_inter_dim), fp8))),
         ("generation", *decode_kernels(device, dtype)),
         ("decoding", *latent_decode(device, dtype, *latent)),
         ("optimizer", *(("torch AdamW", fused) if config.moments == "fp32" else ("AdamW of fp8.py", "BF16 moments"))),

@@ -7,6 +7,7 @@
                 that is there, of a context of 256 tokens, in place of training one
     decode      attention over the latent cache against torch.compile; tokens/s of generation (needs a GPU)
     attention   training attention, norm, RoPE and recomputation on a GPU: python bench.py attention
+    moe         the routed experts against torch.compile of F.grouped_mm, and a training step of bench_1b on a GPU
     fp8_error   what promotion to FP32 saves in a product of FP8 numbers, against its length K
     fp8_loss    char in FP32, BF16 and FP8 (the reference): python bench.py fp8_loss --data=FILE
     fp8         FP8's quantization, products, Linears and optimizer against torch's, at V3's shapes (a Hopper GPU)
@@ -39,6 +40,7 @@ from torch.utils.checkpoint import checkpoint
 import backend
 import configs
 import dualpipe
+import experts
 import fp8
 import mla
 import moe
@@ -584,6 +586,117 @@ def attention(options):
            recomputation=recomputation())
 
 
+# --- the experts on a GPU ---------------------------------------------------------------------------------------------
+
+MOE_SHAPES = {                                # tokens, experts, chosen, dim, moe_inter_dim
+    "bench_1b": (32768, 64, 6, 1024, 512), "V2-Lite": (8192, 64, 6, 2048, 1408),
+    "4 experts of V3": (32768, 4, 1, 7168, 2048)}
+
+
+def moe_inputs(N, E, K, D, F):
+    """x, indices, gate weights, w13, w2 as training has them: BF16 tokens, FP32 masters, an even load."""
+    random = lambda *shape: torch.randn(*shape, device="cuda")
+    return random(N, D).to(torch.bfloat16), random(N, E).topk(K).indices, random(N, K).sigmoid(), \
+        random(E, 2 * F, D) * D ** -0.5, random(E, D, F) * F ** -0.5
+
+
+def grouped_experts(x, indices, weights, w13, w2):
+    """What one would write and have compiled: the rows sorted by expert, two grouped products, the rows added up."""
+    grouped_mm, silu = torch.nn.functional.grouped_mm, torch.nn.functional.silu
+    chosen, K, E = indices.flatten(), indices.shape[1], len(w13)
+    order = chosen.argsort(stable=True)
+    ends = torch.histc(chosen.float(), E, 0, E).cumsum(0).to(torch.int32)
+    a, b = grouped_mm(x[order // K], w13.to(x.dtype).transpose(1, 2), offs=ends).chunk(2, -1)
+    hidden = silu(a) * b * weights.flatten()[order].to(x.dtype)[:, None]
+    rows = grouped_mm(hidden, w2.to(x.dtype).transpose(1, 2), offs=ends)
+    return torch.zeros_like(x).index_add(0, order // K, rows)
+
+
+def moe_layer(name):
+    """Milliseconds of forward, and of forward and backward, and the bytes kept in between: casting and quantizing the
+    weights included, as if each were an optimizer step."""
+    N, E, K, D, F = MOE_SHAPES[name]
+    x, indices, *rest = moe_inputs(N, E, K, D, F)
+    leaves, dout = [t.requires_grad_() for t in (x, *rest)], torch.randn_like(x)
+    forms = {"compiled": torch.compile(grouped_experts), "Triton": experts.routed_triton,
+             "Triton, FP8": lambda *inputs: experts.routed_triton(*inputs, fp8.Recipe())}
+    out = {"name": name, "tokens": N, "experts": E, "chosen": K, "dim": D, "inter": F}
+    for form, run in forms.items():
+        def forward():
+            for w in leaves[2:]:
+                torch.autograd.graph.increment_version(w)
+            return run(leaves[0], indices, *leaves[1:])                                                # noqa: B023
+
+        def both():
+            torch.autograd.grad(forward(), leaves, dout)                                               # noqa: B023
+        times = milliseconds(forward), milliseconds(both)
+        for w in leaves[2:]:
+            vars(w).clear()                                        # the copy in BF16 or FP8 that stays with a parameter
+        before = torch.cuda.memory_allocated()
+        y = forward()
+        out[form] = {"forward_ms": times[0], "both_ms": times[1], "kept_bytes": torch.cuda.memory_allocated() - before,
+                     "tflops": 18 * N * K * D * F / times[1] / 1e9}
+        del y
+        ours, theirs = out[form], out["compiled"]
+        print(f"{name}, {form}: forward {times[0]:.2f} ms ({theirs['forward_ms'] / times[0]:.2f}x), "
+              f"both {times[1]:.2f} ms ({theirs['both_ms'] / times[1]:.2f}x, {ours['tflops']:.0f} TFLOP/s), "
+              f"keeps {ours['kept_bytes'] / 1e6:.0f} MB ({ours['kept_bytes'] / theirs['kept_bytes']:.2f}x)", flush=True)
+    return out
+
+
+def moe_products(name):
+    """The first product of the experts alone, TFLOP/s: F.grouped_mm, and ours in BF16 and FP8, with and without the
+    quantization of the activations."""
+    N, E, K, D, F = MOE_SHAPES[name]
+    x, indices, _, w13, _ = moe_inputs(N, E, K, D, F)
+    plan, w, tiles = experts.plan_triton(indices, E), w13.to(x.dtype), experts.HOPPER
+    rows = x[plan.pair.clamp_min(0) // K] * (plan.pair >= 0)[:, None]
+    packed, ends = rows[plan.pair >= 0], torch.bincount(indices.flatten(), minlength=E).cumsum(0).to(torch.int32)
+    w8, rows8 = fp8.quantized(w13, False), experts.gather8_triton(x, plan)[0]
+    rate = lambda run: 4 * N * K * D * F / milliseconds(run) / 1e9
+    out = {"name": name,
+           "grouped_mm": rate(lambda: torch.nn.functional.grouped_mm(packed, w.transpose(1, 2), offs=ends)),
+           "bf16": rate(lambda: experts.rows_triton(rows, w, plan, False, tiles)),
+           "fp8": rate(lambda: experts.rows8_triton(rows8, w8, plan, x.dtype)),
+           "fp8_quantizing": rate(lambda: experts.rows8_triton(experts.gather8_triton(x, plan)[0], w8, plan, x.dtype))}
+    print({key: value if key == "name" else round(value) for key, value in out.items()}, flush=True)
+    return out
+
+
+def training_step(precision, batch=16, steps=8):
+    """Tokens/s and peak bytes of whole training steps of configs/bench_1b.py, compiled, on random tokens."""
+    c = configs.load(["configs/bench_1b.py", f"--precision={precision}", "--bf16_head=True"])
+    torch._dynamo.reset()
+    with torch.device("cuda"):
+        v3 = V3(c).train()
+    for block in v3.layers:
+        block.compile()
+    optimizer = torch.optim.AdamW(v3.parameters(), lr=c.lr, betas=(c.beta1, c.beta2), weight_decay=c.weight_decay,
+                                  fused=True)
+    tokens, times = torch.randint(c.vocab_size, (batch, c.seq_len + 1), device="cuda"), []
+    for _ in range(steps):
+        began = time.perf_counter()
+        v3.loss(tokens, totals=([batch * c.seq_len], batch))[0].backward()
+        torch.nn.utils.clip_grad_norm_(v3.parameters(), c.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+    out = {"precision": precision, "tokens_per_s": batch * c.seq_len / statistics.median(times[steps // 2:]),
+           "peak_bytes": torch.cuda.max_memory_allocated()}
+    print(f"{precision}: {out['tokens_per_s']:,.0f} tokens/s, {out['peak_bytes'] / 1e9:.1f} GB", flush=True)
+    return out
+
+
+def moe_on_a_gpu(options):
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    path, why = backend.experts(device, torch.bfloat16, (128, 128))
+    if path != "Triton":
+        raise UserError(f"bench.py moe: a Hopper GPU with Triton is needed ({why})")
+    record("moe", "python bench.py moe", layers=[moe_layer(name) for name in MOE_SHAPES],
+           products=[moe_products(name) for name in MOE_SHAPES], steps=[training_step("bf16")])
+
+
 # --- FP8 --------------------------------------------------------------------------------------------------------------
 
 def error(y, exact):
@@ -1028,7 +1141,7 @@ def readme(options):
 
 
 SECTIONS = {"tiny": tiny, "char": char, "ablations": ablations, "speculation": speculation,
-            "attention": attention, "decode": decode, "fp8_error": fp8_error, "fp8_loss": fp8_loss,
+            "attention": attention, "decode": decode, "moe": moe_on_a_gpu, "fp8_error": fp8_error, "fp8_loss": fp8_loss,
             "fp8": fp8_on_a_gpu, "layer": layer, "fp8_quality": fp8_quality, "readme": readme}
 
 

@@ -19,11 +19,11 @@ n_limited_groups of them, so that it crosses the network at most that often.
 Dataflow of one layer, N = B*T tokens, R = N*K rows, each row one (token, chosen expert) pair, sorted by expert:
 
     x [N, D] -gate-> indices, weights [N, K]
-      `-dispatch-> rows [R, D] -experts-> rows [R, D] -combine-> [N, D]
+      `-gather-> rows [R, D] -W1, W3-> SwiGLU, times the weight [R, F] -W2-> rows [R, D] -sum-> [N, D]
 
-`dispatch` copies each token to its K rows and `combine` sums the K rows of each token: each is the other's transpose,
-and so each is the other's backward. The gate weight is multiplied in between, inside the expert (on its hidden
-activation, which is exact because the second product is linear), so both are pure movement of rows.
+The gather copies each token to its K rows and the sum adds up the K rows of each token: each is the other's transpose,
+and so each is the other's backward. The gate weight is multiplied in between, on the hidden activation of the expert,
+which is exact because the second product is linear: so both are pure movement of rows.
 
 Shapes: B batch, T tokens, N = B*T, D dim, F moe_inter_dim, E routed experts, K active experts, R = N*K rows.
 """
@@ -35,6 +35,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import backend
+from experts import routed_triton
 from fp8 import Linear, Products, SwiGLU, busy, linear_triton, weight_gradient
 
 if backend.has_triton():
@@ -55,9 +56,14 @@ class Routing:
     @cached_property
     def load(self):
         """int64 [E]: rows of each expert; counted when first asked for, and generation never asks."""
-        if self.indices.is_cuda:               # bincount would wait for the device to learn how long its answer is
-            return torch.histc(self.indices, self.n_experts, 0, self.n_experts)
-        return torch.bincount(self.indices.flatten(), minlength=self.n_experts)
+        return count(self.indices, self.n_experts)
+
+
+def count(numbers, n):
+    """int64 [n]: how often each of 0..n-1 is among `numbers`, which holds no others."""
+    if numbers.is_cuda:                        # bincount would wait for the device to learn how long its answer is
+        return torch.histc(numbers, n, 0, n)
+    return torch.bincount(numbers.flatten(), minlength=n)
 
 
 class Gate(nn.Module):
@@ -179,14 +185,16 @@ def balance_loss(scores, k, scope="sequence"):
     return (f * P).sum() * (B if scope == "batch" else 1)
 
 
-# --- dispatch and combine: tokens to rows and back --------------------------------------------------------------------
+# --- tokens to rows and back ------------------------------------------------------------------------------------------
 
-def sort_rows(indices):
-    """The R = N*K (token, choice) pairs sorted by expert: order [R], pair p = token * K + choice, and its inverse."""
-    order = indices.flatten().argsort(stable=True)
+def sort_rows(indices, experts):
+    """The N*K (token, choice) pairs sorted by expert, those of an expert that lives elsewhere (-1) last: order
+    int64 [N*K], pair p = token * K + choice; its inverse; load int64 [experts]."""
+    expert = indices.flatten() % (experts + 1)                                                # -1 becomes `experts`
+    order = expert.argsort(stable=True)
     inverse = torch.empty_like(order)
     inverse[order] = torch.arange(len(order), device=order.device)
-    return order, inverse
+    return order, inverse, count(expert, experts + 1)[:-1]
 
 
 def gather_rows(x, order, k):
@@ -195,10 +203,12 @@ def gather_rows(x, order, k):
 
 def sum_rows(rows, inverse, k):
     # A gather and a sum in a fixed order, never a scatter with atomics: the same bits every time.
+    if len(rows) < len(inverse):              # pairs without a row find a row of zeros
+        rows, inverse = F.pad(rows, (0, 0, 0, 1)), inverse.clamp_max(len(rows))
     return rows.index_select(0, inverse).unflatten(0, (-1, k)).sum(1)
 
 
-class Dispatch(torch.autograd.Function):
+class Gather(torch.autograd.Function):
     """x [N, D] -> rows [R, D]; the gradient of a token is the sum over its rows."""
 
     @staticmethod
@@ -212,7 +222,7 @@ class Dispatch(torch.autograd.Function):
         return sum_rows(grad, *ctx.saved_tensors, ctx.k), None, None, None
 
 
-class Combine(torch.autograd.Function):
+class Sum(torch.autograd.Function):
     """rows [R, D] -> [N, D], the sum of each token's rows; the gradient of a row is its token's."""
 
     @staticmethod
@@ -262,21 +272,50 @@ class GroupedLinear(torch.autograd.Function):
         return dx, weight_gradient(weight, wgrad), None
 
 
-def grouped_linear(x, w, load, recipe=None, gate=None):
-    """Each row of x times its expert's weight, in x's dtype: [R, in], w [E, out, in], load int64 [E] -> [R, out]. With
-    the rows' gate weights [R]: of weighted_swiglu of x [R, 2 in]. With a Recipe in FP8 (fp8.py)."""
-    ends = load.cumsum(0)
+def grouped_linear(x, w, ends, recipe=None, gate=None):
+    """Each row of x times its expert's weight, in x's dtype: [R, in], w [E, out, in], ends (for each expert the end of
+    its rows, a list; for F.grouped_mm an int32 tensor [E]) -> [R, out]. With the rows' gate weights [R]: of
+    weighted_swiglu of x [R, 2 in]. With a Recipe in FP8 (fp8.py)."""
     if recipe:
-        return Products.apply(x, w, ends.tolist(), recipe, gate is not None, gate)
+        return Products.apply(x, w, ends, recipe, gate is not None, gate)
     x = x if gate is None else weighted_swiglu(x, gate)
-    if backend.use_grouped_mm(x):
-        return F.grouped_mm(x, w.to(x.dtype).transpose(1, 2), offs=ends.to(torch.int32))
-    return GroupedLinear.apply(x, w, ends.tolist())
+    if torch.is_tensor(ends):
+        return F.grouped_mm(x, w.to(x.dtype).transpose(1, 2), offs=ends)
+    return GroupedLinear.apply(x, w, ends)
 
 
 def weighted_swiglu(h, weight):
     """SwiGLU of each row, times its gate weight: h [R, 2F], weight [R] -> [R, F]."""
     return SwiGLU.apply(h) * weight[:, None]
+
+
+def routed_torch(x, indices, weights, w13, w2, recipe=None, rows=None):
+    """What the experts of this rank make of some tokens: for each the sum over its experts, times their weights
+    (eq 12, without the shared ones).
+
+    x [N, D], indices int64 [N, K] in 0..E-1, or -1 where an expert lives elsewhere, weights [N, K], w13 [E, 2F, D],
+    w2 [E, D, F] -> [N, D], in x's dtype; differentiable in x, weights, w13 and w2. recipe: a fp8.Recipe, or None.
+    rows: how many of the N*K pairs have their expert here, for whoever has -1 and wants no wait for the GPU.
+    """
+    k = indices.shape[1]
+    order, inverse, load = sort_rows(indices, len(w13))
+    ends = load.cumsum(0)
+    if recipe or not backend.use_grouped_mm(x):
+        ends = ends.tolist()
+        rows = ends[-1]
+    else:
+        ends = ends.to(torch.int32)
+    order = order[:rows]
+    weight = weights.flatten().index_select(0, order).to(x.dtype)                             # [R]
+    h = grouped_linear(Gather.apply(x, order, inverse, k), w13, ends, recipe)                 # [R, 2F]
+    return Sum.apply(grouped_linear(h, w2, ends, recipe, weight), order, inverse, k)
+
+
+def routed(x, indices, weights, w13, w2, recipe=None, rows=None):
+    """routed_torch, on a Hopper GPU by kernels (experts.py)."""
+    path, _ = backend.experts(x.device, x.dtype, w2.shape[1:], bool(recipe))
+    kernels = path == "Triton" and not (recipe and recipe.reference)
+    return (routed_triton if kernels else routed_torch)(x, indices, weights, w13, w2, recipe, rows)
 
 
 # --- the experts of few tokens ----------------------------------------------------------------------------------------
@@ -488,22 +527,21 @@ class FFN(nn.Module):
 
 @dataclass
 class Sent:
-    """How rows were dispatched, to send them back; where few tokens stay as they are, only who chose whom."""
+    """What dispatch knows and the other two parts need."""
     routing: Routing
-    order: torch.Tensor = None                # int64 [R]: the (token, choice) pair of each row
-    inverse: torch.Tensor = None              # int64 [R]: the row of each pair
 
 
 class MoE(nn.Module):
     """One MoE layer, from a Config: x [B, T, D] -> (output [B, T, D] without the residual, Routing).
 
-    In three parts, so that a pipeline can hide the movement of one micro-batch behind the arithmetic of another.
+    In three parts, communication, arithmetic, communication, so that a pipeline can hide the movement of one
+    micro-batch behind the arithmetic of another. All that one part hands to the next and that has a gradient is in its
+    `rows` and `here`.
     """
 
     def __init__(self, c):
         super().__init__()
         E, D, F_ = c.n_routed_experts, c.dim, c.moe_inter_dim
-        self.K = c.n_activated_experts
         self.gate = Gate(c)
         self.w13 = nn.Parameter(torch.empty(E, 2 * F_, D))
         self.w2 = nn.Parameter(torch.empty(E, D, F_))
@@ -511,31 +549,25 @@ class MoE(nn.Module):
         self.recipe = None                    # a fp8.Recipe: the routed experts in FP8
 
     def dispatch(self, x):
-        """x [B, T, D] -> rows [R, D], Sent. Few tokens stay where they are, and there are no rows (None)."""
+        """x [B, T, D] -> rows, Sent. rows: (the tokens [N, D], their weights [N, K])."""
         routing = self.gate(x)
-        copied = routing.indices.numel() * (self.w13[0].numel() + self.w2[0].numel())
-        if backend.use_decode_kernels(x, MAX_TOKENS) or backend.use_copied_experts(x, copied):
-            return None, Sent(routing)
-        order, inverse = sort_rows(routing.indices)
-        return Dispatch.apply(x.flatten(0, 1), order, inverse, self.K), Sent(routing, order, inverse)
+        return (x.flatten(0, 1), routing.weights), Sent(routing)
 
     def experts(self, x, rows, sent):
-        """The shared experts on the tokens [B, T, D], and each row [R, D] through its expert, times its gate weight."""
-        if rows is None:
+        """here: the shared experts on this rank's tokens [B, T, D]; rows: the weighted sum of each token's routed ones
+        [N, D], or None where few tokens were better done together."""
+        tokens, weights = rows
+        indices = sent.routing.indices
+        copied = indices.numel() * (self.w13[0].numel() + self.w2[0].numel())
+        if backend.use_decode_kernels(x, MAX_TOKENS) or backend.use_copied_experts(x, copied):
             shared = (self.shared.w13.weight, self.shared.w2.weight) if self.shared else None
-            out = experts(x.flatten(0, 1), sent.routing.indices, sent.routing.weights, self.w13, self.w2, shared)
-            return out.view_as(x), None
+            return experts(tokens, indices, weights, self.w13, self.w2, shared).view_as(x), None
         here = self.shared(x) if self.shared else 0
-        weight = sent.routing.weights.flatten().index_select(0, sent.order).to(rows.dtype)     # [R]
-        h = grouped_linear(rows, self.w13, sent.routing.load, self.recipe)                     # [R, 2F]
-        return here, grouped_linear(h, self.w2, sent.routing.load, self.recipe, weight)
+        return here, routed(tokens, indices, weights, self.w13, self.w2, self.recipe)
 
     def combine(self, here, rows, sent):
-        """here + the sum of each token's rows: [B, T, D]."""
-        if rows is None:
-            return here
-        routed = Combine.apply(rows, sent.order, sent.inverse, self.K)                         # [N, D]
-        return here + routed.unflatten(0, sent.routing.shape)
+        """here + the routed experts: [B, T, D]."""
+        return here if rows is None else here + rows.unflatten(0, sent.routing.shape)
 
     def forward(self, x):
         rows, sent = self.dispatch(x)

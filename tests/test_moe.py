@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from conftest import GROUPS, agree, gradients, lively, tiny
 
-from moe import FFN, Gate, MoE, balance_loss, max_vio
+from moe import FFN, Gate, Gather, MoE, Sum, balance_loss, max_vio, routed_torch, sort_rows
 
 
 def gate(experts, k, bias=None, **changes):
@@ -221,7 +221,7 @@ def test_no_balance_loss_in_evaluation_nor_at_alpha_zero():
     assert route(gate(2, 1, balance_alpha=0.0), [A]).balance == 0
 
 
-# --- dispatch, experts, combine ---------------------------------------------------------------------------------------
+# --- the layer --------------------------------------------------------------------------------------------------------
 
 def mixture(bias=None, **changes):
     moe = lively(MoE(tiny(**changes))).double()
@@ -282,29 +282,48 @@ def test_the_mixture_equals_a_slow_loop_over_tokens_in_values_and_all_gradients(
         assert rows or not ours["w13"][expert].any()
 
 
-def test_dispatch_and_combine_are_each_others_transposes():
-    moe = mixture()
-    x = torch.randn(2, 9, 32, dtype=torch.float64, requires_grad=True)
-    rows, sent = moe.dispatch(x)
+def test_gather_and_sum_are_each_others_transposes():
+    N, K, E = 18, 2, 8
+    indices = torch.stack([torch.randperm(E)[:K] for _ in range(N)])
+    order, inverse, _ = sort_rows(indices, E)
+    x = torch.randn(N, 32, dtype=torch.float64, requires_grad=True)
+    rows = Gather.apply(x, order, inverse, K)
     r = torch.randn_like(rows, requires_grad=True)
-    combined = moe.combine(torch.zeros_like(x), r, sent)
-    assert rows.shape == (2 * 9 * 2, 32)                                                  # N tokens, K rows each
-    agree((combined * x).sum(), (r * rows).sum(), 1e-12, "<combine(rows), y> and <rows, dispatch(y)>")
+    summed = Sum.apply(r, order, inverse, K)
+    assert rows.shape == (N * K, 32)
+    agree((summed * x).sum(), (r * rows).sum(), 1e-12, "<sum(rows), y> and <rows, gather(y)>")
     dx, = torch.autograd.grad(rows, x, r.detach())
-    agree(dx, combined, 1e-12, "backward of dispatch and combine")
-    dr, = torch.autograd.grad(combined, r, x.detach())
-    agree(dr, rows, 0, "backward of combine and dispatch")
-    agree(moe.combine(torch.zeros_like(x), rows, sent), 2 * x, 1e-12, "there and back: K times the token")
+    agree(dx, summed, 1e-12, "backward of gather and sum")
+    dr, = torch.autograd.grad(summed, r, x.detach())
+    agree(dr, rows, 0, "backward of sum and gather")
+    agree(Sum.apply(rows, order, inverse, K), 2 * x, 1e-12, "there and back: K times the token")
 
 
-def test_rows_arrive_sorted_by_expert():
-    moe = mixture()
-    x = torch.randn(2, 9, 32, dtype=torch.float64)
-    rows, sent = moe.dispatch(x)
-    indices, load = sent.routing.indices, sent.routing.load
-    for expert, mine in enumerate(rows.split(load.tolist())):
-        tokens = x.flatten(0, 1)[(indices == expert).any(1)]
-        assert {tuple(row) for row in mine.tolist()} == {tuple(row) for row in tokens.tolist()}
+def test_rows_are_sorted_by_expert_and_those_of_experts_elsewhere_come_last():
+    indices = torch.tensor([[1, -1], [2, 0], [-1, -1], [0, 2]])
+    order, inverse, load = sort_rows(indices, 4)
+    assert load.tolist() == [2, 1, 2, 0]
+    assert order.tolist() == [3, 6, 0, 2, 7, 1, 4, 5]                          # pair p is choice p % 2 of token p // 2
+    assert order[inverse].tolist() == list(range(8))
+
+
+@pytest.mark.parametrize("here", [range(0, 4), range(6, 8), range(3, 4)], ids=str)
+def test_experts_elsewhere_add_nothing_and_the_shares_of_all_ranks_add_up(here):
+    moe, (first, last) = mixture(), (here.start, here.stop)
+    x = torch.randn(15, 32, dtype=torch.float64, requires_grad=True)
+    routing = moe.gate(x[None])
+    weights = routing.weights.detach().requires_grad_()
+    indices = torch.where((routing.indices >= first) & (routing.indices < last), routing.indices - first, -1)
+    dy, inputs = torch.randn(15, 32, dtype=torch.float64), (x, weights, moe.w13, moe.w2)
+    ours = routed_torch(x, indices, weights, moe.w13[first:last], moe.w2[first:last])
+    mask = torch.zeros(8, dtype=torch.float64)
+    mask[first:last] = 1
+    expected = sum(weights[:, k, None] * mask[routing.indices[:, k], None] * torch.stack(
+        [swiglu(t, moe.w13[e], moe.w2[e]) for t, e in zip(x, routing.indices[:, k])]) for k in range(2))
+    agree(ours, expected, 1e-12, "output")
+    for name, a, b in zip(("x", "weights", "w13", "w2"), torch.autograd.grad(ours, inputs, dy),
+                          torch.autograd.grad(expected, inputs, dy)):
+        agree(a, b, 1e-12, f"gradient of {name}")
 
 
 def test_the_three_parts_are_the_layer():

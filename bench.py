@@ -35,7 +35,6 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from torch.utils.checkpoint import checkpoint
 
 import backend
 import configs
@@ -880,9 +879,9 @@ class Slice(torch.nn.Module):
         ffn.gate.bias.zero_()
         rows = c.seq_len * c.n_activated_experts
         random = lambda *shape: torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
-        self.wire, self.gates = [random(rows, c.dim) for _ in range(2)], torch.rand(rows, device="cuda").bfloat16()
+        self.wire, self.gates = [random(rows, c.dim) for _ in range(2)], torch.rand(rows, 1, device="cuda")
+        self.indices = torch.arange(rows, device="cuda")[:, None] * experts // rows           # [R, 1], as many for each
         self.x, self.dy, self.rope = random(1, c.seq_len, c.dim), random(1, c.seq_len, c.dim), mla.rope_table(c).cuda()
-        self.load = torch.full((experts,), rows // experts, device="cuda")
 
     def forward(self):
         """-> (the tensors that backward begins from, their gradients)."""
@@ -890,12 +889,8 @@ class Slice(torch.nn.Module):
         h, x = self.block.attention(self.x.requires_grad_(), self.rope[:self.x.shape[1]])
         routing = ffn.gate(x)
         tie = torch.zeros((), device="cuda", requires_grad=True)
-        rows = moe.grouped_linear(Arrive.apply(tie, self.wire[0]), ffn.w13, self.load, ffn.recipe)
-        down = lambda rows: moe.grouped_linear(rows, ffn.w2, self.load, ffn.recipe, self.gates)
-        # FP8 makes the SwiGLU again in backward, so the other side does as well.
-        rows = down(rows) if ffn.recipe else checkpoint(down, rows, use_reentrant=False)
-        sent = Leave.apply(rows, self.wire[1])
-        del rows
+        sent = Leave.apply(moe.routed(Arrive.apply(tie, self.wire[0]), self.indices, self.gates, ffn.w13, ffn.w2,
+                                      ffn.recipe, len(self.indices)), self.wire[1])
         roots = h + ffn.shared(x), routing.weights, routing.balance, sent
         return roots, (self.dy, routing.weights.detach(), None, None)
 
@@ -919,6 +914,7 @@ def layer_in(precision, moments):
         part.x.grad = None
     step()
     bytes_["FP8 copies"] = size(t for p in weights if hasattr(p, "fp8") for t in (p.fp8[1].values, p.fp8[1].scale))
+    bytes_["BF16 copies"] = size(p.low[1] for p in weights if hasattr(p, "low"))
     before = held()
     roots = part()
     bytes_["saved activations"] = held() - before
@@ -934,7 +930,7 @@ def layer_in(precision, moments):
            "tokens_per_s": c.seq_len / ms * 1e3, "peak_bytes": peak, "bytes": bytes_}
     rows = part.wire[0].shape[0]
     expert = part.block.ffn.w13.numel() + part.block.ffn.w2.numel()
-    products = c.seq_len * (sum(p.numel() for p in weights) - expert) + rows * expert // len(part.load)
+    products = c.seq_len * (sum(p.numel() for p in weights) - expert) + rows * expert // len(part.block.ffn.w13)
     attention = 2 * c.n_heads * (c.qk_head_dim + c.v_head_dim) * (c.seq_len + 1) / 2 * c.seq_len
     out["flops"] = 6 * products + 3 * attention
     out["tflops"] = out["flops"] / ms / 1e9

@@ -25,7 +25,7 @@ import configs
 import parallel
 from configs import MACHINE_FIELDS, UserError
 from data import Data, batch_size_at, special, tokenizer_json
-from fp8 import AdamW
+from fp8 import AdamW, AtOnce
 from model import V3, CrossEntropy, arithmetic, config_from_hf, from_hf, official_tensors
 from moe import max_vio
 
@@ -336,6 +336,9 @@ def run(c, device, newest, command):
     if c.compile:
         for block in [*v3.layers, *(m.block for m in v3.mtp)]:
             block.compile()
+    elif c.batch_size > c.micro_batch_size:
+        for p in v3.parameters():
+            p.queue = AtOnce()                                     # later micro-batches add to .grad inside the product
 
     log, peak = Log(c, start), backend.peak_flops(device, c.precision)
     tokenizer = tokenizer_json(data.tokenizer).decode()

@@ -941,9 +941,9 @@ def layer_in(precision, moments):
 
 def layer(options):
     needs_fp8("layer")
-    runs = [layer_in("bf16", "fp32"), layer_in("fp8", "bf16")]
-    record("layer", "python bench.py layer", runs=runs, speedup=runs[0]["ms"] / runs[1]["ms"],
-           memory=runs[1]["peak_bytes"] / runs[0]["peak_bytes"])
+    half, eight = layer_in("bf16", "fp32"), layer_in("fp8", "bf16")
+    record("layer", "python bench.py layer", runs=[half, eight], speedup=half["ms"] / eight["ms"],
+           memory=eight["peak_bytes"] / half["peak_bytes"])
 
 
 # --- the quality of FP8 -----------------------------------------------------------------------------------------------
@@ -996,7 +996,7 @@ def load(section):
 def tables():
     """{name of a marked place in the README: its text}, from the committed results."""
     t, c, a, d, s = load("tiny"), load("char"), load("ablations"), load("decode"), load("speculation")
-    attention, low = load("attention"), load("fp8_loss")
+    attention, low, eight, part, quality = (load(n) for n in ("attention", "fp8_loss", "fp8", "layer", "fp8_quality"))
     mean = lambda runs, key: statistics.mean(r[key] for r in runs)
     spread = lambda runs, key: statistics.stdev(r[key] for r in runs) if len(runs) > 1 else 0.0
     vio = lambda runs: f"{mean(runs, 'max_vio'):.2f}" if mean(runs, "max_vio") else "-"
@@ -1065,6 +1065,35 @@ def tables():
             "|---|---|---|---|",
             *(f"| {name} | {', '.join(f'{x:.4f}' for x in of(key, 'loss'))} | {against(key):+.2%} | "
               f"{', '.join(f'{x:.4f}' for x in of(key, 'val_loss'))} |" for key, name in names.items())])
+    if eight:
+        row = lambda what, r: f"| {what} | {r['bf16']:.3f} | {r['fp8']:.3f} | {r['bf16'] / r['fp8']:.2f}x |"
+        every = {key: sum(r[key] for r in eight["linears"]) for key in ("bf16", "fp8")}
+        out["fp8_linears"] = "\n".join([
+            "| Linear: in, out | BF16, ms | FP8, ms | speed |", "|---|---|---|---|",
+            *(row(f"{r['name']}: {r['in']}, {r['out']}", r) for r in eight["linears"]), row("together", every),
+            *(row(f"{r['in']}, {r['out']}", r) for r in eight["square"]), "",
+            f"{eight['gpu']}. AdamW, bytes read and written per second: " + "; ".join(
+                f"{name} moments {r['bytes_per_s'] / 1e12:.2f} TB/s ({r['ms']:.2f} ms)"
+                for name, r in eight["adamw"].items()) + "."])
+    if part:
+        sides, GB = part["runs"], lambda size: f"{size / 1e9:.2f}"
+        line = lambda name, value: f"| {name} | " + " | ".join(map(value, sides)) + " |"
+        out["layer"] = "\n".join([
+            line("", lambda r: {"bf16": "BF16, FP32 moments", "fp8": "FP8, BF16 moments"}[r["precision"]]), "|---|---|---|",
+            line("ms a step, 4096 tokens", lambda r: f"{r['ms']:.1f}"),
+            line("tokens/s", lambda r: f"{r['tokens_per_s']:,.0f}"),
+            line("TFLOP/s of the model", lambda r: f"{r['tflops']:.0f}"),
+            line("GPU hours per trillion tokens", lambda r: f"{r['gpu_hours_per_trillion_tokens'] / 1e3:.0f}K"),
+            line("peak memory, GB", lambda r: GB(r["peak_bytes"])),
+            *(line(f"... {what}", lambda r, what=what: GB(r["bytes"][what])) for what in sides[0]["bytes"]), "",
+            f"{part['gpu']}. FP8 against BF16: {part['speedup']:.2f}x the speed, {part['memory']:.2f}x the memory."])
+    if quality:
+        out["fp8_quality"] = "\n".join([
+            "| | training loss, mean of the last 100 steps | against the first | validation loss | tokens/s |",
+            "|---|---|---|---|---|",
+            *(f"| {r['name']} | {r['loss']:.4f} | {r['difference']:+.2%} | {r['val_loss']:.4f} | "
+              f"{r['tokens_per_s']:,.0f} |" for r in quality["runs"]), "",
+            f"{quality['gpu']}, the three at once."])
     if s:
         out["speculation"] = "\n".join([
             "| drafts | of them accepted | tokens per forward pass | time of the drafts / of a plain step | tokens/s | "
@@ -1134,6 +1163,23 @@ def readme(options):
     axes.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(RESULTS / "fp8_error.png", dpi=110)
+
+    if quality := load("fp8_quality"):
+        figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.2))
+        curves = {r["name"]: r["curve"] for r in quality["runs"]}
+        for name, curve in curves.items():
+            left.plot(curve, label=name, linewidth=0.7)
+        left.set(xlabel="step", ylabel="nats per token", title="config/gpu.py: training loss")
+        left.legend()
+        smooth = lambda curve: [statistics.mean(curve[i - 50:i]) for i in range(50, len(curve) + 1)]
+        first, *others = (smooth(curve) for curve in curves.values())
+        for name, other in zip(list(curves)[1:], others):
+            right.plot(range(50, 50 + len(first)), [100 * (b / a - 1) for a, b in zip(first, other)], label=name)
+        right.axhspan(-0.25, 0.25, color="0.9")
+        right.set(xlabel="step", ylabel="% above BF16, mean of 50 steps", title="and its distance from BF16")
+        right.legend()
+        figure.tight_layout()
+        figure.savefig(RESULTS / "fp8_quality.png", dpi=110)
 
 
 SECTIONS = {"tiny": tiny, "char": char, "ablations": ablations, "speculation": speculation,

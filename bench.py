@@ -1079,7 +1079,7 @@ def tables():
         sides, GB = part["runs"], lambda size: f"{size / 1e9:.2f}"
         line = lambda name, value: f"| {name} | " + " | ".join(map(value, sides)) + " |"
         out["layer"] = "\n".join([
-            line("", lambda r: {"bf16": "BF16, FP32 moments", "fp8": "FP8, BF16 moments"}[r["precision"]]), "|---|---|---|",
+            line("", lambda r: f"{r['precision'].upper()}, {r['moments'].upper()} moments"), "|---|---|---|",
             line("ms a step, 4096 tokens", lambda r: f"{r['ms']:.1f}"),
             line("tokens/s", lambda r: f"{r['tokens_per_s']:,.0f}"),
             line("TFLOP/s of the model", lambda r: f"{r['tflops']:.0f}"),

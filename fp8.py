@@ -17,7 +17,7 @@ is promoted: multiplied by the two scales and added up in FP32 (3.3.2, figure 7b
 A Linear (figure 6), x [N, in], W [out, in], dy [N, out]; x, y, dx are BF16, W and dW FP32:
 
     Fprop   y  = x  W^T     x  in 1x128 along in      W   in 128x128
-    Dgrad   dx = dy W       dy in 1x128 along out     W^T in 128x128: the same bytes, read the other way
+    Dgrad   dx = dy W       dy in 1x128 along out     W^T in 128x128: the same numbers, moved into its order
     Wgrad   dW = dy^T x     both along the tokens: 128x1 tiles, that is the transposes dy^T [out, N], x^T [in, N]
                             in 1x128. Quantized anew: scales along the channels can't be taken out of this sum
 

@@ -83,9 +83,8 @@ def plan(c, device, data=None):
     activations = tokens * kept * half + CrossEntropy.ROWS * c.vocab_size * 8
     ramp = min(c.batch_ramp, c.max_steps)
     train_tokens = (sum(batch_size_at(c, s) for s in range(ramp)) + c.batch_size * (c.max_steps - ramp)) * c.seq_len
-    # Per parameter: weight, gradient and two moments; of a converted one W and W^T in FP8 too (on a CPU one copy does).
-    a["bytes"] = (8 + 2 * (4 if c.moments == "fp32" else 2)) * everything
-    a["bytes"] += a["fp8"] * (2 if backend.fp8_kernels(device)[0] == "Triton" else 1)
+    # Per parameter: weight, gradient and two moments, and one byte more of a converted one: its copy in FP8.
+    a["bytes"] = (8 + 2 * (4 if c.moments == "fp32" else 2)) * everything + a["fp8"]
     rows = [
         ("parameters", f"{human(a['total'])} total, {human(a['active'])} active per token, MTP {human(a['mtp'])} more"),
         ("work", f"{a['flops'] / 1e9:.3g} GFLOPs per training token; {c.max_steps} steps, "

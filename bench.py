@@ -9,6 +9,7 @@
     attention   training attention, norm, RoPE and recomputation on a GPU: python bench.py attention
     moe         the routed experts against torch.compile of F.grouped_mm, and a training step of bench_1b on a GPU
     fp8_error   what promotion to FP32 saves in a product of FP8 numbers, against its length K
+    fp8_tiny    the default job's first 150 steps in FP32 and FP8 (the reference)
     fp8_loss    char in FP32, BF16 and FP8 (the reference): python bench.py fp8_loss --data=FILE
     fp8         FP8's quantization, products, Linears and optimizer against torch's, at V3's shapes (a Hopper GPU)
     layer       one MoE layer of V3 as one GPU of 64 has it: FP8 against BF16 (a Hopper GPU)
@@ -746,6 +747,23 @@ def fp8_loss(options):
            runs=runs)
 
 
+def fp8_tiny(options):
+    """The default job with a schedule of 150 steps, in FP32 and in FP8 (the reference), the same seed and data: training
+    loss, its mean over the last 50 steps, and validation loss."""
+    changes, runs = ["--max_steps=150", "--decay_start=50", "--save_interval=0"], []
+    for precision in ("fp32", "fp8_reference"):
+        with tempfile.TemporaryDirectory() as folder:
+            train("configs/tiny.py", *changes, f"--precision={precision}", f"--out_dir={folder}/run")
+            rows, evals = lines(f"{folder}/run")
+            state = read_state(latest(f"{folder}/run"))
+        runs.append({"precision": precision, "loss": statistics.mean(r["loss"] for r in rows[-50:]),
+                     "val_loss": evals[-1]["val_loss"], "losses": checkpoints_of(rows, (50, 100, 150)),
+                     "seconds": rows[-1]["time"]})
+        print(runs[-1], flush=True)
+    record("fp8_tiny", "python bench.py fp8_tiny", changes=changes, data=state["data"], runs=runs,
+           difference=runs[1]["loss"] / runs[0]["loss"] - 1)
+
+
 V3_LINEARS = {                                # in, out: section 4.2's dims
     "q_a": (7168, 1536), "q_b": (1536, 24576), "kv_a": (7168, 576), "kv_b": (512, 32768), "o": (16384, 7168),
     "gate/up": (7168, 4096), "down": (2048, 7168)}
@@ -1040,8 +1058,9 @@ def torch_sources(folder):
 
 
 def fp8_quality(options):
-    """configs/gpu.py with BF16, with BF16 and another seed (what a difference may be worth), and with FP8 and moments
-    in BF16, at the same time on one GPU: the training loss, and its mean over the last 100 steps."""
+    """configs/gpu.py, 32 sequences a step, with BF16, with BF16 and another seed (what a difference may be worth), and
+    with FP8 and moments in BF16, at the same time on one GPU: the training loss, and its mean over the last 100 steps.
+    --data=FOLDER: other text than torch's own sources."""
     needs_fp8("fp8_quality")
     jobs = {"BF16": ["--precision=bf16"], "BF16, another seed": ["--precision=bf16", "--seed=1338"],
             "FP8": ["--precision=fp8", "--moments=bf16"]}
@@ -1051,7 +1070,7 @@ def fp8_quality(options):
         def one(job):
             number, (name, changes) = job
             out_dir = f"{folder}/{number}"
-            train("configs/gpu.py", f"--data={data}", *changes, "--eval_interval=0", "--save_interval=0",
+            train("configs/gpu.py", f"--data={data}", "--batch_size=32", *changes, "--eval_interval=0", "--save_interval=0",
                   f"--out_dir={out_dir}", OMP_NUM_THREADS="4")
             rows, evals = lines(out_dir)
             return {"name": name, "changes": changes, "loss": statistics.mean(r["loss"] for r in rows[-100:]),
@@ -1264,7 +1283,7 @@ def readme(options):
 
 
 SECTIONS = {"tiny": tiny, "char": char, "ablations": ablations, "speculation": speculation,
-            "attention": attention, "decode": decode, "moe": moe_on_a_gpu, "fp8_error": fp8_error, "fp8_loss": fp8_loss,
+            "attention": attention, "decode": decode, "moe": moe_on_a_gpu, "fp8_error": fp8_error, "fp8_loss": fp8_loss, "fp8_tiny": fp8_tiny,
             "fp8": fp8_on_a_gpu, "layer": layer, "fp8_quality": fp8_quality, "readme": readme}
 
 

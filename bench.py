@@ -748,8 +748,8 @@ def fp8_loss(options):
 
 
 def fp8_tiny(options):
-    """The default job with a schedule of 150 steps, in FP32 and in FP8 (the reference), the same seed and data: training
-    loss, its mean over the last 50 steps, and validation loss."""
+    """The default job with a schedule of 150 steps, in FP32 and in FP8 (the reference), the same seed and data: mean
+    training loss of the last 50 steps, and validation loss."""
     changes, runs = ["--max_steps=150", "--decay_start=50", "--save_interval=0"], []
     for precision in ("fp32", "fp8_reference"):
         with tempfile.TemporaryDirectory() as folder:
@@ -1070,8 +1070,8 @@ def fp8_quality(options):
         def one(job):
             number, (name, changes) = job
             out_dir = f"{folder}/{number}"
-            train("configs/gpu.py", f"--data={data}", "--batch_size=32", *changes, "--eval_interval=0", "--save_interval=0",
-                  f"--out_dir={out_dir}", OMP_NUM_THREADS="4")
+            train("configs/gpu.py", f"--data={data}", "--batch_size=32", *changes, "--eval_interval=0",
+                  "--save_interval=0", f"--out_dir={out_dir}", OMP_NUM_THREADS="4")
             rows, evals = lines(out_dir)
             return {"name": name, "changes": changes, "loss": statistics.mean(r["loss"] for r in rows[-100:]),
                     "val_loss": evals[-1]["val_loss"], "seconds": rows[-1]["time"],
@@ -1283,8 +1283,9 @@ def readme(options):
 
 
 SECTIONS = {"tiny": tiny, "char": char, "ablations": ablations, "speculation": speculation,
-            "attention": attention, "decode": decode, "moe": moe_on_a_gpu, "fp8_error": fp8_error, "fp8_loss": fp8_loss, "fp8_tiny": fp8_tiny,
-            "fp8": fp8_on_a_gpu, "layer": layer, "fp8_quality": fp8_quality, "readme": readme}
+            "attention": attention, "decode": decode, "moe": moe_on_a_gpu,
+            "fp8_error": fp8_error, "fp8_loss": fp8_loss, "fp8_tiny": fp8_tiny, "fp8": fp8_on_a_gpu,
+            "layer": layer, "fp8_quality": fp8_quality, "readme": readme}
 
 
 def main(argv):

@@ -47,7 +47,7 @@ import moe
 import sample
 from backend import has_triton, use_graph
 from configs import UserError
-from data import documents, split
+from data import Data, documents, split
 from mla import LatentCache, decode_torch, decode_triton, quantize
 from model import V3, Block, arithmetic
 from moe import MAX_TOKENS
@@ -86,9 +86,9 @@ def lines(out_dir):
     return [r for r in rows if "loss" in r], [r for r in rows if "val_loss" in r]
 
 
-def train(*args, **env):
-    """python train.py ARGS in a process of its own. UserError if it fails."""
-    run = subprocess.run([sys.executable, "train.py", *args], cwd=HERE, timeout=1800, env={**os.environ, **env},
+def train(*args, limit=1800, **env):
+    """python train.py ARGS in a process of its own, for up to `limit` seconds. UserError if it fails."""
+    run = subprocess.run([sys.executable, "train.py", *args], cwd=HERE, timeout=limit, env={**os.environ, **env},
                          stdout=subprocess.DEVNULL if env else None)
     if run.returncode:
         raise UserError(f"train.py {' '.join(args)} ended with exit code {run.returncode}")
@@ -1057,33 +1057,37 @@ def torch_sources(folder):
     return folder
 
 
-def fp8_quality(options):
-    """configs/gpu.py, 32 sequences a step, with BF16, with BF16 and another seed (what a difference may be worth), and
-    with FP8 and moments in BF16, at the same time on one GPU: the training loss, and its mean over the last 100 steps.
-    --data=FOLDER: other text than torch's own sources."""
+def fp8_quality(options, limit=285):
+    """configs/gpu.py, 32 sequences a step, in BF16, in BF16 with another seed (what a difference may be worth), and in
+    FP8 with moments in BF16, at the same time on one GPU: the training loss, and its mean over the last 100 steps that
+    all three have done within `limit` seconds. --data=FOLDER: other text than torch's own sources."""
     needs_fp8("fp8_quality")
     jobs = {"BF16": ["--precision=bf16"], "BF16, another seed": ["--precision=bf16", "--seed=1338"],
             "FP8": ["--precision=fp8", "--moments=bf16"]}
     with tempfile.TemporaryDirectory() as folder:
         data = options.get("data") or torch_sources(f"{folder}/torch")
+        common = ["configs/gpu.py", f"--data={data}", "--batch_size=32", "--eval_interval=0", "--save_interval=0"]
 
         def one(job):
-            number, (name, changes) = job
-            out_dir = f"{folder}/{number}"
-            train("configs/gpu.py", f"--data={data}", "--batch_size=32", *changes, "--eval_interval=0",
-                  "--save_interval=0", f"--out_dir={out_dir}", OMP_NUM_THREADS="4")
-            rows, evals = lines(out_dir)
-            return {"name": name, "changes": changes, "loss": statistics.mean(r["loss"] for r in rows[-100:]),
-                    "val_loss": evals[-1]["val_loss"], "seconds": rows[-1]["time"],
-                    "tokens_per_s": statistics.median(r["tokens_per_s"] for r in rows),
-                    "curve": [round(r["loss"], 5) for r in rows]}
+            number, changes = job
+            try:
+                train(*common, *changes, f"--out_dir={folder}/{number}", limit=limit, OMP_NUM_THREADS="4")
+            except subprocess.TimeoutExpired:
+                print(f"{' '.join(changes)}: cut off after {limit} s", flush=True)
+            return lines(f"{folder}/{number}")
         with ThreadPoolExecutor(len(jobs)) as pool:
-            runs = list(pool.map(one, enumerate(jobs.items())))
-        state = read_state(latest(f"{folder}/0"))
-    for run in runs:
-        run["difference"] = run["loss"] / runs[0]["loss"] - 1
-        print({k: v for k, v in run.items() if k != "curve"}, flush=True)
-    record("fp8_quality", "python bench.py fp8_quality", data=state["data"], runs=runs)
+            done = list(pool.map(one, enumerate(jobs.values())))
+        identity = Data(configs.load(common)).identity                                         # from the cache by now
+    steps, runs = min(len(rows) for rows, _ in done), []
+    for (name, changes), (rows, evals) in zip(jobs.items(), done):
+        loss = statistics.mean(r["loss"] for r in rows[:steps][-100:])
+        first = runs[0]["loss"] if runs else loss
+        runs.append({"name": name, "changes": changes, "loss": loss, "difference": loss / first - 1,
+                     "val_loss": evals[-1]["val_loss"] if evals else None, "seconds": rows[-1]["time"],
+                     "tokens_per_s": statistics.median(r["tokens_per_s"] for r in rows),
+                     "curve": [round(r["loss"], 5) for r in rows[:steps]]})
+        print({k: v for k, v in runs[-1].items() if k != "curve"}, flush=True)
+    record("fp8_quality", "python bench.py fp8_quality", steps=steps, data=identity, runs=runs)
 
 
 # --- the README -------------------------------------------------------------------------------------------------------
@@ -1191,9 +1195,10 @@ def tables():
         out["fp8_quality"] = "\n".join([
             "| | training loss, mean of the last 100 steps | against the first | validation loss | tokens/s |",
             "|---|---|---|---|---|",
-            *(f"| {r['name']} | {r['loss']:.4f} | {r['difference']:+.2%} | {r['val_loss']:.4f} | "
-              f"{r['tokens_per_s']:,.0f} |" for r in quality["runs"]), "",
-            f"{quality['gpu']}, the three at once."])
+            *(f"| {r['name']} | {r['loss']:.4f} | {r['difference']:+.2%} | "
+              + (f"{r['val_loss']:.4f}" if r["val_loss"] else "-") + f" | {r['tokens_per_s']:,.0f} |"
+              for r in quality["runs"]), "",
+            f"{quality['gpu']}, the three at once, {quality['steps']} steps of 32 sequences."])
     if s:
         out["speculation"] = "\n".join([
             "| drafts | of them accepted | tokens per forward pass | time of the drafts / of a plain step | tokens/s | "

@@ -613,7 +613,7 @@ def takes_cublas(a, b, y):
     if not backend.hopper(y.device):
         return False
     if len(b.scale) < N:
-        return y.dtype == torch.bfloat16 and M % 4 == 0 and K % 16 == 0 and N % BLOCK == 0
+        return y.dtype == torch.bfloat16 and M % 4 == 0 and K % BLOCK == 0 and N % BLOCK == 0
     return y.dtype == torch.float32 and M % 16 == 0 and N % 16 == 0 and K % BLOCK == 0
 
 

@@ -1024,7 +1024,7 @@ def layer_in(precision, moments):
     torch.cuda.reset_peak_memory_stats()
     step()
     peak = torch.cuda.max_memory_allocated() - nothing - wire
-    ms = milliseconds(step)
+    ms = milliseconds(step, 400)
     out = {"precision": precision, "moments": moments, "parameters": sum(p.numel() for p in weights), "ms": ms,
            "tokens_per_s": c.seq_len / ms * 1e3, "peak_bytes": peak, "bytes": bytes_}
     rows = part.wire[0].shape[0]

@@ -770,7 +770,7 @@ if backend.has_triton():
         k = tl.program_id(1) * 128 + tl.arange(0, 128)
         inside = (m < M)[:, None] & (k < K)[None, :]
         tile = tl.load(x + m[:, None] * x_stride + k[None, :], mask=inside, other=0.0).to(tl.float32)
-        amax = largest(tile, 1).to(tl.float32, bitcast=True)
+        amax = largest(tile, 1)
         scale = tl.maximum(tl.div_rn(amax, 65024.0), 1.1754943508222875e-38)
         scale = (((scale.to(tl.int32, bitcast=True) + 0x7FFFFF) >> 23) << 23).to(tl.float32, bitcast=True)
         good = amax < float("inf")

@@ -27,7 +27,7 @@ def test_every_config_that_the_readme_names_loads(capsys):
 
 
 def test_every_flag_that_the_readme_names_exists():
-    others = {"nproc", "nnodes", "max", "rdzv", "ntasks", "gpus"}        # torchrun's and SLURM's, up to the first hyphen
+    others = {"nproc", "nnodes", "max", "rdzv", "ntasks", "gpus"}       # of torchrun and SLURM, up to the first hyphen
     known = {*configs.FIELDS, *(f.name for f in dataclasses.fields(sample.Options)), "help", "nanogpt", *others}
     flags = set(re.findall(r"--(\w+)", re.sub(r"<!--.*?-->", "", README)))
     assert {"resume", "data", "prompt"} <= flags and flags <= known

@@ -370,9 +370,9 @@ def loads(options):
         v3, tokenizer, _ = sample.load(out_dir, "cpu")
     if "load" not in rows[0] or not rows[0]["load"]:
         raise UserError(f"bench.py loads: {out_dir} has no loads in its metrics; train with --log_load=True")
-    rows = rows[::max(1, len(rows) // 120)]
+    rows = rows[::-(-len(rows) // 80)]
     steps = torch.tensor([row["load"] for row in rows], dtype=torch.float64)                  # [steps, layers, E]
-    shares = (steps / steps.mean(2, keepdim=True)).mul(1000).round().div(1000)
+    shares = (steps / steps.mean(2, keepdim=True)).round(decimals=2)
     layers = [f"layer {i}" for i in range(v3.config.n_dense_layers, v3.config.n_layers)]
     layers += [f"MTP {i + 1}" for i in range(steps.shape[1] - len(layers))]
     record("loads", "python bench.py loads", layers=layers, steps=[row["step"] for row in rows],

@@ -978,7 +978,7 @@ def layer_in(precision, moments):
     torch.cuda.empty_cache()
     nothing = torch.cuda.memory_allocated()
     part = Slice(c).train()
-    optimizer, weights = make_optimizer(c, part), list(part.parameters())
+    optimizer, weights = make_optimizer(c, part.parameters()), list(part.parameters())
     wire, size = sum(t.nbytes for t in part.wire), lambda tensors: sum(t.nbytes for t in tensors)
     held = lambda: torch.cuda.memory_allocated() - nothing - wire
     bytes_ = {"weights": size(weights), "moments": size(t for s in optimizer.state.values() for t in s.values()

@@ -311,15 +311,18 @@ def speculation(options):
         torch.set_num_threads(1)                                                           # as sample.py does
 
     def continued(prompt, drafts):
-        tally, began = Counter(), time.perf_counter()
-        (tokens,) = sample.generate(v3, [prompt], 128, temperature=0, drafts=drafts, tally=tally)
-        return tokens, time.perf_counter() - began, tally
+        """The tokens, the seconds from the first of them to the last (not those of the prompt and of capturing a CUDA
+        graph, which a longer text pays once), and what became of the drafts."""
+        tally, at = Counter(), []
+        (tokens,) = sample.generate(v3, [prompt], 128, temperature=0, drafts=drafts, tally=tally,
+                                    on_token=lambda *_: at.append(time.perf_counter()))
+        return tokens, at[-1] - at[0], tally
 
     most = 3
     for drafts in range(most + 1):
         continued(prompts[0], drafts)                                                      # warm
     rows = [[continued(prompt, drafts) for drafts in range(most + 1)] for prompt in prompts]
-    tokens, plain = sum(len(row[0][0]) for row in rows), sum(row[0][1] for row in rows)
+    tokens, plain = sum(len(row[0][0]) - 1 for row in rows), sum(row[0][1] for row in rows)
     modes = []
     for drafts in range(1, most + 1):
         seconds, tally = sum(row[drafts][1] for row in rows), sum((row[drafts][2] for row in rows), Counter())
@@ -330,7 +333,9 @@ def speculation(options):
                       "speedup": plain / seconds,
                       "of_ideal": plain / seconds / ((1 + accepted) / (1 + ms["draft"] / ms["plain"]))})
         print(modes[-1], flush=True)
-    record("speculation", "python bench.py speculation", prompts=len(prompts), tokens=tokens,
+    cuda, given = v3.embed.weight.is_cuda, f" --out_dir={Path(out_dir).name}" if "out_dir" in options else ""
+    record("speculation_gpu" if cuda else "speculation", "python bench.py speculation" + given, prompts=len(prompts),
+           tokens=tokens,
            config={"dim": v3.config.dim, "n_layers": v3.config.n_layers, "precision": v3.config.precision,
                    "steps": state["step"]}, plain_tokens_per_s=tokens / plain, modes=modes, data=state["data"])
 
@@ -445,9 +450,9 @@ def decode_attention_bench():
         packed = quantize(args[2], 64)
         ours, theirs = seconds(decode_triton, *args, scale), seconds(compiled, *args, scale)
         fp8 = seconds(decode_triton, *args[:2], packed, args[3], scale)
-        launched = [seconds(f, *args, scale, graph=False) * 1e6 for f in (decode_triton, compiled)]
+        launched = [seconds(f, *args, scale, graph=False) for f in (decode_triton, compiled)]
         row = {"batch": B, "heads": H, "tokens": S, "queries": T, "us": ours * 1e6, "compiled_us": theirs * 1e6,
-               "speedup": theirs / ours, "launched_us": launched[0], "compiled_launched_us": launched[1],
+               "speedup": theirs / ours, "launched_us": launched[0] * 1e6, "compiled_launched_us": launched[1] * 1e6,
                "fp8_us": fp8 * 1e6, "cache_tb_s": args[2].nbytes / ours / 1e12,
                "tflops": 2 * B * S * T * H * (576 + 512) / ours / 1e12}
         out["shapes"].append(row)
@@ -524,22 +529,37 @@ def decode(options):
 
 # --- training attention on a GPU --------------------------------------------------------------------------------------
 
-def milliseconds(run):
-    """Median time of run() on the GPU, in ms."""
+def milliseconds(run, rep=100):
+    """Median time of run() on the GPU, L2 cold, in ms; measured for `rep` ms."""
     from triton.testing import do_bench
-    return do_bench(run, warmup=25, rep=100, return_mode="median")
+    return do_bench(run, warmup=rep // 4, rep=rep, return_mode="median")
 
 
-def forward_backward(form, inputs, gradient):
-    """(forward ms, backward ms, peak bytes of one forward and backward, inputs included) of form(*inputs)."""
-    inputs = [t.detach().requires_grad_() for t in inputs]
-    backward_of = lambda out: milliseconds(lambda: torch.autograd.grad(out, inputs, gradient, retain_graph=True))
-    forward, backward = milliseconds(lambda: form(*inputs)), backward_of(form(*inputs))
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    torch.autograd.grad(form(*inputs), inputs, gradient)
-    return forward, backward, torch.cuda.max_memory_allocated() - before + sum(t.nbytes for t in inputs)
+def in_turn(runs, rounds=5):
+    """{name: median time of run(), in ms} of {name: run}: in rounds, so that a GPU that grows warm and slow does so to
+    all of them."""
+    times = [{name: milliseconds(run, 40) for name, run in runs.items()} for _ in range(rounds)]
+    return {name: statistics.median(row[name] for row in times) for name in runs}
+
+
+def forward_backward(forms, gradient):
+    """{name: (forward ms, backward ms, peak bytes of one forward and backward, inputs included)} of {name: (form,
+    inputs)}; gradient: of an output."""
+    forms = {name: (form, [t.detach().requires_grad_() for t in inputs]) for name, (form, inputs) in forms.items()}
+    forward = in_turn({name: lambda f=form, x=inputs: f(*x) for name, (form, inputs) in forms.items()})
+
+    def backward_of(form, inputs):
+        out = form(*inputs)
+        return lambda: torch.autograd.grad(out, inputs, gradient, retain_graph=True)
+
+    backward, peak = in_turn({name: backward_of(*form) for name, form in forms.items()}), {}
+    for name, (form, inputs) in forms.items():
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        torch.autograd.grad(form(*inputs), inputs, gradient)
+        peak[name] = torch.cuda.max_memory_allocated() - before + sum(t.nbytes for t in inputs)
+    return {name: (forward[name], backward[name], peak[name]) for name in forms}
 
 
 def attention_shape(B, H, T, dims):
@@ -566,15 +586,13 @@ def attention_shape(B, H, T, dims):
 
     def sdpa_kernel(*inputs):
         with cudnn():
-            return sdpa(*inputs)
+            return sdpa(*inputs).transpose(1, 2)
 
     kernel = lambda *t: mla.attention_triton(*t, scale)
-    measured = {
-        "cuDNN, kernel": forward_backward(sdpa_kernel, whole, dout.transpose(1, 2)),
-        "Triton, kernel": forward_backward(kernel, (*parts[:3], k_rope, parts[3]), dout),
-        "cuDNN, block": forward_backward(sdpa_block, (q, kv, k_rope), dout),
-        "Triton, block": forward_backward(block(mla.attention_triton, mla.Split.apply), (q, kv, k_rope), dout),
-    }
+    measured = forward_backward({
+        "cuDNN, kernel": (sdpa_kernel, whole), "Triton, kernel": (kernel, (*parts[:3], k_rope, parts[3])),
+        "cuDNN, block": (sdpa_block, (q, kv, k_rope)),
+        "Triton, block": (block(mla.attention_triton, mla.Split.apply), (q, kv, k_rope))}, dout)
     flops = B * H * T * T * (d_n + d_r + d_v)                                          # half of the square, 2 a product
     out = {"B": B, "H": H, "T": T, "dims": dims}
     for name, (forward, backward, peak) in measured.items():
@@ -598,10 +616,8 @@ def cudnn():
 def small_ops():
     """RMSNorm and RoPE: one kernel against torch eager and compiled, forward and backward, and the bytes kept."""
     def compare(name, forms, inputs, gradients):
-        row = {}
-        for path, form in forms.items():
-            forward, backward, peak = forward_backward(form, inputs, gradients)
-            row[path] = {"forward_ms": forward, "backward_ms": backward, "peak_bytes": peak}
+        measured = forward_backward({path: (form, inputs) for path, form in forms.items()}, gradients)
+        row = {path: dict(zip(("forward_ms", "backward_ms", "peak_bytes"), m)) for path, m in measured.items()}
         print(f"{name}: " + ", ".join(f"{p} {r['forward_ms']:.3f} + {r['backward_ms']:.3f} ms" for p, r in row.items()),
               flush=True)
         return row
@@ -817,24 +833,49 @@ V3_LINEARS = {                                # in, out: section 4.2's dims
     "gate/up": (7168, 4096), "down": (2048, 7168)}
 
 
-def fp8_products(N, K, M=4096):
-    """x [M, K] W [N, K]^T and dy^T x on the same FP8 operands: TFLOP/s of our kernel, cuBLASLt and BF16, and how far
-    both FP8 forms are from float64."""
-    x, w = torch.randn(M, K, device="cuda"), torch.randn(N, K, device="cuda")
-    a, b = fp8.quantize_triton(x)[0], fp8.blocks_triton(w[None])[0]
-    y, rate = x.new_empty(M, N, dtype=torch.bfloat16), lambda ms: 2 * M * N * K / ms / 1e9
-    half = [t.to(torch.bfloat16) for t in (x, w)]
+def cublas(a, b, dtype=torch.bfloat16):
+    """A function that multiplies as fp8.gemm_torch does, by cuBLASLt. It wants the block scales of b along K, in
+    multiples of four: laid out here, once."""
+    tile, block = torch.nn.functional.ScalingType.BlockWise1x128, torch.nn.functional.ScalingType.BlockWise128x128
+    kind, scale = tile, b.scale
+    if len(b.scale) < len(b.values):
+        k = scale.shape[1]
+        kind, scale = block, scale.new_empty(len(scale), -(-k // 4) * 4).t()                  # [k, n]
+        scale[:k] = b.scale.t()
+    return lambda: torch.nn.functional.scaled_mm(a.values, b.values.t(), a.scale, tile, scale, kind, output_dtype=dtype)
+
+
+def operands(M, N, K):
+    """Random x [M, K] and w [N, K] in BF16, x in 1x128 tiles, w in blocks and in 1x128 tiles."""
+    x, w = (torch.randn(n, K, device="cuda", dtype=torch.bfloat16) for n in (M, N))
+    return x, w, fp8.quantize_triton(x)[0], fp8.blocks_triton(w[None])[0], fp8.quantize_triton(w)[0]
+
+
+def fp8_products(name, inner, outer, N=4096):
+    """Fprop's product of N tokens and Wgrad's on the same FP8 operands: TFLOP/s of our kernel, cuBLASLt's and BF16's,
+    in turn; Fprop's error against float64. Wgrad is added to an FP32 gradient, which cuBLASLt does in a second pass."""
+    x, w, a, b, _ = operands(N, outer, inner)
+    y, theirs = x.new_empty(N, outer), cublas(a, b)
     exact = a[:256].dequantize().double() @ b.dequantize().double().t()
-    out = {"M": M, "N": N, "K": K, "bf16": rate(milliseconds(lambda: half[0] @ half[1].t())),
-           "triton": rate(milliseconds(lambda: fp8.gemm_triton(a, b, y))),
-           "triton_error": error(fp8.gemm_triton(a, b, y)[:256], exact)}
-    if fp8.takes_cublas(a, b, y):
-        out |= {"cublas": rate(milliseconds(lambda: fp8.gemm_cublas(a, b, y))),
-                "cublas_error": error(fp8.gemm_cublas(a, b, y)[:256], exact)}
-    columns, dw = [fp8.quantize_triton(t, rows=False, columns=True)[1] for t in (y, x)], x.new_empty(N, K)
-    out["wgrad_triton"] = rate(milliseconds(lambda: fp8.gemm_triton(*columns, dw)))
-    out["wgrad_bf16"] = rate(milliseconds(lambda: y.t() @ half[0]))
-    return out
+    out = {"name": name, "M": N, "N": outer, "K": inner, "triton_error": error(fp8.gemm_triton(a, b, y)[:256], exact)}
+    runs = {"triton": lambda: fp8.gemm_triton(a, b, y), "bf16": lambda: x @ w.t()}
+    if outer % 128 == 0:                                                       # kv_a's 576 are not whole blocks
+        out["cublas_error"], runs["cublas"] = error(theirs()[:256], exact), theirs
+    dy, xt, columns, _, x_columns = operands(outer, inner, N)                      # [out, tokens], [in, tokens]
+    dw, wgrad_cublas = torch.zeros(outer, inner, device="cuda"), cublas(columns, x_columns, torch.float32)
+    runs |= {"wgrad_triton": lambda: fp8.gemm_triton(columns, x_columns, dw), "wgrad_cublas": wgrad_cublas,
+             "wgrad_bf16": lambda: dy @ xt.t(), "wgrad_cublas_add": lambda: dw.add_(wgrad_cublas()),
+             "wgrad_triton_add": lambda: fp8.gemm_triton(columns, x_columns, dw, True)}
+    return out | {run: 2 * N * outer * inner / ms / 1e9 for run, ms in in_turn(runs).items()}
+
+
+def fp8_few(M, N, K):
+    """Microseconds of a product of M rows, L2 cold, as a CUDA graph."""
+    x, w, a, b, _ = operands(M, N, K)
+    y = x.new_empty(M, N)
+    runs = {"triton": lambda: fp8.gemm_triton(a, b, y), "cublas": cublas(a, b), "bf16": lambda: x @ w.t()}
+    out = {"M": M, "N": N, "K": K} | {name: seconds(run) * 1e6 for name, run in runs.items()}
+    return out | {"weight_tb_s": N * K / out["triton"] / 1e6}
 
 
 def fp8_linear(inner, outer, N=4096):
@@ -854,17 +895,51 @@ def fp8_linear(inner, outer, N=4096):
     return out
 
 
-def fp8_quantization(M=8192, K=7168):
-    """Bytes read and written per second: rows; rows and columns; rows that were kept to columns; blocks and their
-    transpose."""
-    x, w = torch.randn(M, K, device="cuda", dtype=torch.bfloat16), torch.randn(1, M, K, device="cuda")
+def fp8_quantization(M=8192, K=7168, F=2048):
+    """Bytes read and written per second of what our kernels do in one pass, and of torch.compile of the same: of
+    RMSNorm and SwiGLU as users have it, which write BF16, and quantize that."""
+    x, h, w, weight, gate = (torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
+                             for shape in ((M, K), (M, 2 * F), (1, M, K), (K,), (M,)))
+    w = w.float()
     kept, blocks = fp8.quantize_triton(x)[0], fp8.blocks_triton(w)
-    rate = lambda ms, per_number: M * K * per_number / ms * 1e3
-    return {"copy": copy_rate(), "rows": rate(milliseconds(lambda: fp8.quantize_triton(x)), 3),
-            "rows_and_columns": rate(milliseconds(lambda: fp8.quantize_triton(x, columns=True)), 4),
-            "kept_to_columns": rate(milliseconds(lambda: fp8.quantize_triton(kept, rows=False, columns=True)), 2),
-            "blocks": rate(milliseconds(lambda: fp8.blocks_triton(w)), 5),
-            "transpose": rate(milliseconds(lambda: fp8.transpose_triton(blocks)), 2)}
+
+    def rows(x):
+        tiles = x.float().unflatten(-1, (-1, 128))
+        scale = (tiles.abs().amax(-1, keepdim=True) / 448).clamp_min(fp8.LEAST)
+        return (tiles / scale).to(torch.float8_e4m3fn).flatten(-2), scale.squeeze(-1)
+
+    def both(x):
+        return *rows(x), *rows(x.t().contiguous())
+
+    def columns(values, scale):
+        return rows((values.float().unflatten(-1, (-1, 128)) * scale[..., None]).flatten(-2).t().contiguous())
+
+    def norm(x):
+        return torch.nn.functional.rms_norm(x.float(), (K,), weight.float(), 1e-6).to(x.dtype)
+
+    def swiglu(h):
+        a, b = h.chunk(2, -1)
+        return torch.nn.functional.silu(a) * b * gate[:, None]
+
+    row, pair, column, normed, gated = (torch.compile(f, dynamic=False) for f in (rows, both, columns, norm, swiglu))
+    passes = {
+        "rows": (3 * M * K, lambda: fp8.quantize_triton(x), lambda: row(x)),
+        "rows and columns": (4 * M * K, lambda: fp8.quantize_triton(x, columns=True), lambda: pair(x)),
+        "FP8 rows to columns": (2 * M * K, lambda: fp8.quantize_triton(kept, rows=False, columns=True),
+                                lambda: column(kept.values, kept.scale)),
+        "RMSNorm, rows": (3 * M * K, lambda: fp8.norm_quantize_triton(x, weight, 1e-6), lambda: row(normed(x))),
+        "RMSNorm, rows and columns": (4 * M * K, lambda: fp8.norm_quantize_triton(x, weight, 1e-6, columns=True),
+                                      lambda: pair(normed(x))),
+        "SwiGLU, rows": (5 * M * F, lambda: fp8.swiglu_quantize_triton(h, gate), lambda: row(gated(h))),
+        "SwiGLU, rows and columns": (6 * M * F, lambda: fp8.swiglu_quantize_triton(h, gate, columns=True),
+                                     lambda: pair(gated(h))),
+        "blocks": (5 * M * K, lambda: fp8.blocks_triton(w), None),
+        "transpose of blocks": (2 * M * K, lambda: fp8.transpose_triton(blocks), None)}
+    out = {"copy": copy_rate(), "passes": {}}
+    for name, (moved, ours, theirs) in passes.items():
+        times = in_turn({"triton": ours, **({"compiled": theirs} if theirs else {})}, rounds=3)
+        out["passes"][name] = {form: moved / ms * 1e3 for form, ms in times.items()}
+    return out
 
 
 def fp8_adamw():
@@ -897,9 +972,24 @@ def fp8_on_a_gpu(options):
     needs_fp8("fp8")
     shown = lambda row: print({key: round(v, 5) if isinstance(v, float) else v for key, v in row.items()},
                               flush=True) or row
-    quantization = shown(fp8_quantization())
-    products = [shown(fp8_products(outer, inner)) for inner, outer in [*V3_LINEARS.values(), (8192, 8192)]]
-    few = [shown(fp8_products(4096, 7168, M)) for M in (16, 64, 128)]
+    quantization = fp8_quantization()
+    for name, r in quantization["passes"].items():
+        against = f", {r['triton'] / r['compiled']:.2f}x compiled" if "compiled" in r else ""
+        print(f"{name}: {r['triton'] / 1e12:.2f} TB/s, {r['triton'] / quantization['copy']:.2f}x a copy{against}",
+              flush=True)
+    products = [fp8_products(name, *dims) for name, dims in V3_LINEARS.items()]
+    products.append(fp8_products("square", 8192, 8192, 8192))
+    for r in products:
+        against = lambda ours, theirs: f"{r[ours] / r[theirs]:.2f}x" if theirs in r else "-"              # noqa: B023
+        print(f"{r['name']}: {r['triton']:.0f} TFLOP/s, {against('triton', 'cublas')} cuBLASLt, "
+              f"{against('triton', 'bf16')} BF16; Wgrad {r['wgrad_triton']:.0f}, "
+              f"{against('wgrad_triton', 'wgrad_cublas')} and {against('wgrad_triton', 'wgrad_bf16')}; added to a "
+              f"gradient {r['wgrad_triton_add']:.0f}, {against('wgrad_triton_add', 'wgrad_cublas_add')}", flush=True)
+    few = [fp8_few(M, outer, inner) for M in (16, 64, 128) for inner, outer in V3_LINEARS.values()
+           if outer % 128 == 0]
+    for r in few:
+        print(f"{r['M']} rows, {r['N']} x {r['K']}: {r['triton']:.1f} us, {r['cublas'] / r['triton']:.2f}x cuBLASLt, "
+              f"{r['bf16'] / r['triton']:.2f}x BF16, weights at {r['weight_tb_s']:.2f} TB/s", flush=True)
     linears = [shown({"name": name, **fp8_linear(*dims)}) for name, dims in V3_LINEARS.items()]
     square = [shown(fp8_linear(dim, dim)) for dim in (256, 512, 1024, 2048, 4096, 8192)]  # where FP8 begins to pay
     record("fp8", "python bench.py fp8", quantization=quantization, products=products, few=few, linears=linears,
@@ -1208,10 +1298,22 @@ def covered(spans, by):
     return total
 
 
-def pair(c, device, detours=range(1, 6)):
-    """-> (ms of a pair of chunks of two blocks each whose exchanges take no time; for each number of detours a row: ms
-    in turns and one after the other, and the share that turns hide; the timeline of a pair in turns, on a GPU)."""
-    tokens, ranks = torch.randint(c.vocab_size, (6, c.seq_len + 1), device=device), moe.ExpertRanks(1, 1, 0)
+def lanes(timeline):
+    """What `intervals` found -> the spans of kernels on the stream that has most of them and of copies on others, and
+    how much of these lies under those."""
+    main = Counter(e["stream"] for e in timeline if e["what"] == "kernel").most_common(1)[0][0]
+    kernels = [(e["start"], e["end"]) for e in timeline if e["what"] == "kernel" and e["stream"] == main]
+    copies = [(e["start"], e["end"]) for e in timeline if e["what"] == "gpu_memcpy" and e["stream"] != main]
+    return {"under_kernels": covered(copies, kernels) / sum(end - start for start, end in copies),
+            **{name: [[round(t, 3) for t in span] for span in joined(spans)]
+               for name, spans in (("kernels", kernels), ("copies", copies))}}
+
+
+def pair(c, device, detours=(2, 3, 5, 1)):
+    """Yields, as they come: (ms of a pair of chunks of two blocks each whose exchanges take no time; for each number of
+    detours a row: ms in turns and one after the other, and the share that turns hide; on a GPU the timeline of a pair
+    in turns)."""
+    tokens, ranks = torch.randint(c.vocab_size, (4, c.seq_len + 1), device=device), moe.ExpertRanks(1, 1, 0)
     with device:
         stages = model.stages(c, 2, [0, 1])
     for block in (block for s in stages for block in s.layers.values()):
@@ -1243,12 +1345,12 @@ def pair(c, device, detours=range(1, 6)):
 
     Detour.times = 0
     milliseconds(True)                                                         # kernels are compiled
-    without, rows = milliseconds(True), []
+    without, rows, timeline = milliseconds(True), [], []
     for Detour.times in detours:
         turns, apart = milliseconds(True), milliseconds(False)
         rows.append({"detours": Detour.times, "in_turns_ms": turns, "one_after_the_other_ms": apart,
                      "travel_ms": apart - without, "hidden": 1 - (turns - without) / (apart - without)})
-    timeline = []
+        yield without, rows, timeline
     if device.type == "cuda":
         # An exchange for each segment, half as long: what V3 has on its own cluster (cluster.py).
         Detour.times = min(rows, key=lambda row: abs(row["travel_ms"] / without - 0.5))["detours"]
@@ -1262,7 +1364,7 @@ def pair(c, device, detours=range(1, 6)):
                 timeline[:] = intervals(f"{folder}/trace.json")
 
         step(True, watch)
-    return without, rows, timeline
+        yield without, rows, timeline
 
 
 def overlap(options):
@@ -1273,19 +1375,16 @@ def overlap(options):
         vocab_size=1024, recompute=False, seq_len=4096)
     with tempfile.TemporaryDirectory() as folder, mock.patch.object(moe, "Sent", Detour):
         dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
-        without, rows, timeline = pair(c, torch.device("cuda"))
+        for without, rows, timeline in pair(c, torch.device("cuda")):
+            numbers = {"shape": "V3's layer with 16 experts, 4,096 tokens", "without_ms": without, "rows": rows}
+            if timeline:
+                numbers["timeline"] = {"detours": Detour.times, **lanes(timeline)}
+                print(f"timeline: {numbers['timeline']['under_kernels']:.1%} of the copies under kernels", flush=True)
+            else:
+                print(f"{rows[-1]['travel_ms'] / without:.2f} of the arithmetic travels: {rows[-1]['hidden']:.1%} "
+                      f"hidden  {rows[-1]}", flush=True)
+            record("overlap", "python bench.py overlap", **numbers)
         dist.destroy_process_group()
-    main = Counter(e["stream"] for e in timeline if e["what"] == "kernel").most_common(1)[0][0]
-    kernels = [(e["start"], e["end"]) for e in timeline if e["what"] == "kernel" and e["stream"] == main]
-    copies = [(e["start"], e["end"]) for e in timeline if e["what"] == "gpu_memcpy" and e["stream"] != main]
-    for row in rows:
-        print(f"{row['travel_ms'] / without:.2f} of the arithmetic travels: {row['hidden']:.1%} hidden  {row}")
-    under = covered(copies, kernels) / sum(end - start for start, end in copies)
-    print(f"timeline: {under:.1%} of the copies under kernels")
-    record("overlap", "python bench.py overlap", shape="V3's layer with 16 experts, 4,096 tokens", without_ms=without,
-           rows=rows, timeline={"detours": Detour.times, "under_kernels": under, **{
-               name: [[round(t, 3) for t in span] for span in joined(spans)]
-               for name, spans in (("kernels", kernels), ("copies", copies))}})
 
 
 def joined(spans, gap=0.02):
@@ -1375,13 +1474,18 @@ def tables():
     if d:
         shapes, error = d["attention"]["shapes"], d["attention"]["error"]
         out["decode"] = "\n".join([
-            "| batch, heads, tokens held, queries | microseconds | torch.compile | cache, TB/s | TFLOP/s | FP8 cache |",
-            "|---|---|---|---|---|---|",
+            "| batch, heads, tokens held, queries | replayed, us | torch.compile | launched, us | torch.compile | "
+            "cache, TB/s | TFLOP/s | FP8 cache |", "|---|---|---|---|---|---|---|---|",
             *(f"| {r['batch']}, {r['heads']}, {r['tokens']:,}, {r['queries']} | {r['us']:.0f} | "
-              f"{r['compiled_us']:.0f} ({r['speedup']:.1f}x) | {r['cache_tb_s']:.2f} | {r['tflops']:.0f} | "
-              f"{r['fp8_us']:.0f} |" for r in shapes), "",
+              f"{r['compiled_us']:.0f} ({r['speedup']:.1f}x) | {r['launched_us']:.0f} | "
+              f"{r['compiled_launched_us']:.0f} ({r['compiled_launched_us'] / r['launched_us']:.1f}x) | "
+              f"{r['cache_tb_s']:.2f} | {r['tflops']:.0f} | {r['fp8_us']:.0f} |" for r in shapes), "",
             f"{d['gpu']}, V3's dims. Relative error: {error['triton']:.1e} (plain torch in BF16 {error['torch']:.1e}), "
-            f"with an FP8 cache {error['triton_fp8']:.1e}."])
+            f"with an FP8 cache {error['triton_fp8']:.1e}.", "",
+            "| generation, `config/bench_1b.py`, random weights | tokens/s | if it only read its weights and cache |",
+            "|---|---|---|",
+            *(f"| batch {g['batch']} | {g['tokens_per_s']:,.0f} | {g['limit_tokens_per_s']:,.0f} |"
+              for g in d["generation"])])
     if low:
         of = lambda precision, key: [r[key] for r in low["runs"] if r["precision"] == precision]
         against = lambda precision: statistics.mean(of(precision, "loss")) / statistics.mean(of("bf16", "loss")) - 1
@@ -1408,18 +1512,24 @@ def tables():
             "| exchanges / arithmetic | no exchanges, ms | one after the other | in turns | hidden |",
             "|---|---|---|---|---|",
             *(f"| {r['travel_ms'] / o['without_ms']:.2f} | {o['without_ms']:.1f} | {r['one_after_the_other_ms']:.1f} | "
-              f"{r['in_turns_ms']:.1f} | {r['hidden']:.0%} |" for r in o["rows"]), "",
-            f"{o['gpu']}, two of {o['shape']}, in each chunk. In the figure {o['timeline']['under_kernels']:.0%} of "
-            f"the copies lie under kernels."])
+              f"{r['in_turns_ms']:.1f} | {r['hidden']:.0%} |" for r in sorted(o["rows"], key=lambda r: r["travel_ms"])),
+            "", f"{o['gpu']}, two of {o['shape']}, in each chunk." + (
+                f" In the figure {o['timeline']['under_kernels']:.0%} of the copies lie under kernels."
+                if "timeline" in o else "")])
     if s:
-        out["speculation"] = "\n".join([
+        rows = lambda s: "\n".join([
             "| drafts | of them accepted | tokens per forward pass | time of the drafts / of a plain step | tokens/s | "
             "the same text |", "|---|---|---|---|---|---|",
-            f"| 0 | | 1 | | {s['plain_tokens_per_s']:.0f} | |",
+            f"| 0 | | 1 | | {s['plain_tokens_per_s']:,.0f} | |",
             *(f"| {m['drafts']} | {m['acceptance']:.0%} | {m['tokens_per_forward']:.2f} | "
-              f"{m['draft_over_plain']:.2f} | {m['tokens_per_s']:.0f} ({m['speedup']:.2f}x) | "
+              f"{m['draft_over_plain']:.2f} | {m['tokens_per_s']:,.0f} ({m['speedup']:.2f}x) | "
               f"{m['identical']} of {s['prompts']} |"
               for m in s["modes"])])
+        out["speculation"] = rows(s)
+        if on_gpu := load("speculation_gpu"):
+            of = on_gpu["config"]
+            out["speculation"] += (f"\n\nThe same on an {on_gpu['gpu']}, {of['n_layers']} layers of {of['dim']} dims, "
+                                   f"trained for {of['steps']} steps:\n\n{rows(on_gpu)}")
     return out
 
 
@@ -1467,7 +1577,7 @@ def readme(options):
     figure.savefig(RESULTS / "cache.png", dpi=110)
     call(["dualpipe.py", f"--png={RESULTS / 'dualpipe.png'}"], HERE)
 
-    if o := load("overlap"):
+    if "timeline" in (o := load("overlap") or {}):
         figure, axes = pyplot.subplots(figsize=(8, 1.6))
         for row, (name, color) in enumerate((("kernels", "tab:blue"), ("copies", "tab:orange"))):
             axes.broken_barh([(start, end - start) for start, end in o["timeline"][name]], (0.6 - row, 0.8),

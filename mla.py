@@ -41,7 +41,13 @@ if backend.has_triton():                                       # macOS, Windows:
     from triton.experimental import gluon
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.language.nvidia import hopper
+    from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
     from triton.tools.tensor_descriptor import TensorDescriptor
+    WIDE = gl.NVMMASharedLayout(128, 16, rank=3)               # of BF16 tiles [1, rows, d] that tensor cores read
+    tma_load = getattr(hopper.tma, "async_load", None) or hopper.tma.async_copy_global_to_shared    # newer Triton, 3.6
+    warps_meet = getattr(gl, "barrier", None) or gl.thread_barrier
+    tma_store = getattr(hopper.tma, "async_store", None) or hopper.tma.async_copy_shared_to_global
 
 
 # --- RMSNorm ----------------------------------------------------------------------------------------------------------
@@ -479,6 +485,125 @@ if backend.has_triton():
         out.store([b, m0, h * D_V], acc.to(out.dtype).reshape(1, BM, D_V))
         tl.store(lse + bh * stride_l + rows, top + tl.log2(total), mask=rows < T)
 
+    # Nearly all of pre-training is V3's dims and texts without boundaries, and for those the same again, faster. Above,
+    # all warps do everything in turn, and tensor cores idle while they compute a softmax. Gluon is Triton with layouts,
+    # slots and waits written by hand: here the warps have jobs of their own.
+    #
+    #     1 warp        K V  K V  K V ...                            loads tiles into two slots, as these become free
+    #     4 warps       S0 | softmax   | S1 + P0 V0 | softmax   ...  64 queries
+    #     4 warps            S0 | softmax   | S1 + P0 V0 | softmax   64 more, which multiply while the others do softmax
+    #
+    # They meet at barriers in shared memory. A round of a barrier is complete when so many bytes have come, or so many
+    # groups have arrived; then the next begins. One waits for a round by its parity; a new barrier has completed a 1.
+
+    @gluon.jit
+    def barriers(number: gl.constexpr, arrivals: gl.constexpr):
+        new = gl.allocate_shared_memory(gl.int64, [number, 1], mbarrier.MBarrierLayout())
+        for i in gl.static_range(number):
+            mbarrier.init(new.index(i), count=arrivals)
+        return new
+
+    @gluon.jit
+    def load_tiles(sources, columns, slots, gates, b, m0):
+        """The loading warp: the queries, then keys and values, from the diagonal's to the first."""
+        q_nope, q_rope, k_nope, k_rope, v = sources
+        at_qn, at_qr, at_kn, at_v = columns
+        all_qn, all_qr, all_kn, all_kr, all_v = slots
+        q_full, k_full, v_full, k_free, v_free = gates
+        mbarrier.expect(q_full.index(0), 2 * (q_nope.block_type.nbytes + q_rope.block_type.nbytes))
+        for half in gl.static_range(2):
+            tma_load(q_nope, [b, m0 + 64 * half, at_qn], q_full.index(0), all_qn.index(half))
+            tma_load(q_rope, [b, m0 + 64 * half, at_qr], q_full.index(0), all_qr.index(half))
+        for n in range(m0 // 128 + 1):
+            slot, done, n0 = n % 2, n // 2 & 1 ^ 1, m0 - 128 * n
+            mbarrier.wait(k_free.index(slot), done)
+            mbarrier.expect(k_full.index(slot), k_nope.block_type.nbytes + k_rope.block_type.nbytes)
+            tma_load(k_nope, [b, n0, at_kn], k_full.index(slot), all_kn.index(slot))
+            tma_load(k_rope, [b, n0, 0], k_full.index(slot), all_kr.index(slot))
+            mbarrier.wait(v_free.index(slot), done)
+            mbarrier.expect(v_full.index(slot), v.block_type.nbytes)
+            tma_load(v, [b, n0, at_v], v_full.index(slot), all_v.index(slot))
+
+    @gluon.jit
+    def start_scores(q_nope, q_rope, k_nope, k_rope):
+        zeros = gl.zeros([64, 128], gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16]))
+        s = hopper.warpgroup_mma(q_rope, k_rope.reshape([128, 64]).permute((1, 0)), zeros, use_acc=False, is_async=True)
+        return hopper.warpgroup_mma(q_nope, k_nope.reshape([128, 128]).permute((1, 0)), s, is_async=True)
+
+    @gluon.jit
+    def soften(s, top, total, scale):
+        """The running softmax: a tile's weights, the factor for all before it, and its largest score and sum so far."""
+        higher = gl.maximum(top, gl.max(s, 1) * scale)
+        p, shrink = gl.exp2(s * scale - higher[:, None]), gl.exp2(top - higher)
+        return p, shrink, higher, total * shrink + gl.sum(p, 1)
+
+    @gluon.jit
+    def attend_half(half: gl.constexpr, slots, gates, turn, out, lse, b, at_out, m0, T, scale):
+        """Four warps: 64 queries. `turn`: whose products may start, those of the other half having started."""
+        TILE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])       # of scores, and of output
+        ROWS: gl.constexpr = gl.SliceLayout(1, TILE)
+        LEFT: gl.constexpr = gl.DotOperandLayout(0, TILE, 2)                                # p stays in registers
+        all_qn, all_qr, all_kn, all_kr, all_v = slots
+        q_full, k_full, v_full, k_free, v_free = gates
+        q_nope, q_rope = all_qn.index(half).reshape([64, 128]), all_qr.index(half).reshape([64, 64])
+        rows, cols = m0 + 64 * half + gl.arange(0, 64, ROWS), m0 + gl.arange(0, 128, gl.SliceLayout(0, TILE))
+        top, total = gl.full([64], -1e30, gl.float32, ROWS), gl.zeros([64], gl.float32, ROWS)
+        acc = gl.zeros([64, 128], gl.float32, TILE)
+
+        mbarrier.wait(q_full.index(0), 0)
+        mbarrier.wait(k_full.index(0), 0)
+        s = hopper.warpgroup_mma_wait(0, [start_scores(q_nope, q_rope, all_kn.index(0), all_kr.index(0))])
+        mbarrier.arrive(k_free.index(0), count=1)
+        s = gl.where(cols[None, :] <= rows[:, None], s, -float("inf"))
+        p, shrink, top, total = soften(s, top, total, scale)
+        p = gl.convert_layout(p.to(gl.bfloat16), LEFT)
+        for n in range(1, m0 // 128 + 1):
+            here, before = n % 2, (n - 1) % 2
+            mbarrier.wait(v_full.index(before), (n - 1) // 2 & 1)
+            mbarrier.wait(k_full.index(here), n // 2 & 1)
+            mbarrier.wait(turn.index(half), n & 1 ^ half)                                   # the first half goes first
+            s = start_scores(q_nope, q_rope, all_kn.index(here), all_kr.index(here))
+            acc = hopper.warpgroup_mma(p, all_v.index(before).reshape([128, 128]), acc, is_async=True)
+            mbarrier.arrive(turn.index(1 - half), count=1)
+            s = hopper.warpgroup_mma_wait(1, [s])                                           # all but the last product
+            mbarrier.arrive(k_free.index(here), count=1)
+            weights, shrink, top, total = soften(s, top, total, scale)
+            acc, p = hopper.warpgroup_mma_wait(0, [acc, p])
+            mbarrier.arrive(v_free.index(before), count=1)
+            acc *= shrink[:, None]
+            p = gl.convert_layout(weights.to(gl.bfloat16), LEFT)
+        last = m0 // 128
+        mbarrier.wait(v_full.index(last % 2), last // 2 & 1)
+        acc = hopper.warpgroup_mma(p, all_v.index(last % 2).reshape([128, 128]), acc, is_async=True)
+        acc, p = hopper.warpgroup_mma_wait(0, [acc, p])
+
+        gl.store(lse + rows, top + gl.log2(total), mask=rows < T)
+        q_nope.store((acc / total[:, None]).to(gl.bfloat16))                                # nobody reads it any more
+        hopper.fence_async_shared()
+        tma_store(out, [b, m0 + 64 * half, at_out], all_qn.index(half))
+        hopper.tma.store_wait(0)
+
+    @gluon.jit(do_not_specialize=SIZES)
+    def attention_forward_wide(q_nope, q_rope, k_nope, k_rope, v, out, lse, T, H, BH, head_qn, head_qr, head_kn, head_v,
+                               scale, stride_l, group):
+        """attention_forward for dims 128, 64, 128 and one text a row: 128 queries of a head, tiles of 128 keys."""
+        tile, bh = place(gl.cdiv(T, 128), BH, group)
+        m0, b, h = (gl.cdiv(T, 128) - 1 - tile) * 128, bh // H, bh % H
+        LAYOUT: gl.constexpr = k_nope.layout
+        slots = (gl.allocate_shared_memory(gl.bfloat16, [2, 1, 64, 128], LAYOUT),           # q_nope of both halves
+                 gl.allocate_shared_memory(gl.bfloat16, [2, 1, 64, 64], LAYOUT),            # q_rope
+                 gl.allocate_shared_memory(gl.bfloat16, [2, 1, 128, 128], LAYOUT),          # k_nope of two tiles
+                 gl.allocate_shared_memory(gl.bfloat16, [2, 1, 128, 64], LAYOUT),           # k_rope
+                 gl.allocate_shared_memory(gl.bfloat16, [2, 1, 128, 128], LAYOUT))          # v
+        gates = (barriers(1, 1), barriers(2, 1), barriers(2, 1),                            # q, k, v are there
+                 barriers(2, 2), barriers(2, 2))                                            # k, v: both halves are done
+        turn = barriers(2, 1)
+        hopper.fence_async_shared()
+        sources, columns = (q_nope, q_rope, k_nope, k_rope, v), (h * head_qn, h * head_qr, h * head_kn, h * head_v)
+        half = (slots, gates, turn, out, lse + bh * stride_l, b, h * 128, m0, T, scale)
+        gl.warp_specialize([(attend_half, (gl.constexpr(0),) + half), (attend_half, (gl.constexpr(1),) + half),
+                            (load_tiles, (sources, columns, slots, gates, b, m0))], [4, 1], [240, 24])
+
     @triton.jit
     def keys_step(m0, cols, k_nope, k_rope, v, q_nope, q_rope, dout, lse, delta, starts, b, bh, at_qn, at_qr, at_o,
                   T, dk_nope, dk_rope, dv, scale, BM: tl.constexpr, MASKED: tl.constexpr, DOCS: tl.constexpr):
@@ -578,11 +703,12 @@ def readable(x):
     return x if dense else x.clone(memory_format=torch.contiguous_format)
 
 
-def heads(x, rows):
+def heads(x, rows, gluon=False):
     """A descriptor that loads tiles [rows, d] of one head from x [B, T, H, d]: the heads lie one after the other in its
     last dim, head h at column h * x.stride(2). What is beyond T reads as zero and is not written."""
     B, T, H, d = x.shape
-    return TensorDescriptor(x, [B, T, (H - 1) * x.stride(2) + d], [*x.stride()[:2], 1], [1, rows, d])
+    args = x, [B, T, (H - 1) * x.stride(2) + d], [*x.stride()[:2], 1], [1, rows, d]
+    return GluonDescriptor(*args, WIDE) if gluon else TensorDescriptor(*args)
 
 
 class Attention(torch.autograd.Function):
@@ -606,12 +732,18 @@ class Attention(torch.autograd.Function):
         else:
             out = torch.empty(B, T, H, d_v, dtype=v.dtype, device=v.device)
             lse = torch.empty(B * H, padded, dtype=torch.float32, device=v.device)
-            BM, BN, STAGES, warps = 128, 64, 4, 8
-            attention_forward[(triton.cdiv(T, BM) * B * H,)](
-                *(heads(t, BM) for t in (q_nope, q_rope)), *(heads(t, BN) for t in (k_nope, k_rope, v)), heads(out, BM),
-                lse, starts, T, H, B * H, *(t.stride(2) for t in (q_nope, q_rope, k_nope, v)),
-                scale * math.log2(math.e), padded, max(1, 32768 // T), d_n, d_r, d_v, starts is not None,
-                BM, BN, STAGES, num_warps=warps)
+            numbers = (T, H, B * H, *(t.stride(2) for t in (q_nope, q_rope, k_nope, v)), scale * math.log2(math.e),
+                       padded, max(1, 32768 // T))
+            if starts is None and (d_n, d_r, d_v) == (128, 64, 128) and v.is_cuda:
+                attention_forward_wide[(triton.cdiv(T, 128) * B * H,)](
+                    heads(q_nope, 64, True), heads(q_rope, 64, True), heads(k_nope, 128, True),
+                    heads(k_rope, 128, True), heads(v, 128, True), heads(out, 64, True), lse, *numbers, num_warps=4)
+            else:
+                BM, BN, STAGES, warps = 128, 64, 4, 8
+                attention_forward[(triton.cdiv(T, BM) * B * H,)](
+                    *(heads(t, BM) for t in (q_nope, q_rope)), *(heads(t, BN) for t in (k_nope, k_rope, v)),
+                    heads(out, BM), lse, starts, *numbers, d_n, d_r, d_v, starts is not None,
+                    BM, BN, STAGES, num_warps=warps)
             if kept is not None:
                 kept.append((out.detach(), lse))
         ctx.save_for_backward(q_nope, q_rope, k_nope, k_rope, v, out, lse, starts)
@@ -746,74 +878,96 @@ if backend.has_triton():
     # scores of half the keys and the values of half the dims, and the next tile is on its way all the time.
 
     @gluon.jit
-    def fetch(tile, base, start, end, stride, WIDTH: gl.constexpr):
-        """Start to copy 64 rows of base into shared memory, from `start` on; rows from `end` on become zeros."""
+    def load_queries(query, base, start, end, WIDTH: gl.constexpr):
+        """Start to copy 64 rows of base into shared memory, from `start` on; rows from `end` on become zeros. Without
+        a descriptor, which takes the host longer to make than this takes."""
         lanes: gl.constexpr = min(WIDTH // 8, 32)
         layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // lanes, lanes], [8, 1], [1, 0])
         rows, dims = start + gl.arange(0, 64, gl.SliceLayout(1, layout)), gl.arange(0, WIDTH, gl.SliceLayout(0, layout))
-        at = base + rows[:, None] * stride + dims[None, :]
-        hopper.async_copy.async_copy_global_to_shared(tile, at, mask=(rows < end)[:, None])
+        at = base + rows[:, None] * WIDTH + dims[None, :]
+        hopper.async_copy.async_copy_global_to_shared(query, at, mask=(rows < end)[:, None])
 
     @gluon.jit
-    def wide_kernel(q_latent, q_rope, c_kv, k_rope, positions, out, lse, scale, T, H, splits, c_row, c_token, k_row,
-                    k_token, R: gl.constexpr, D_R: gl.constexpr):
-        """decode_kernel for 64 queries and tiles of 64 keys, with 8 warps; R from 128 to 512, D_R = 64."""
+    def load_keys(c_kv, k_rope, c, k, full, row, s, wanted):
+        """Start to copy the 64 keys from s on into a slot."""
+        mbarrier.expect(full, c_kv.block_type.nbytes + k_rope.block_type.nbytes, pred=wanted)
+        tma_load(c_kv, [row, s, 0], full, c, pred=wanted)
+        tma_load(k_rope, [row, s, 0], full, k, pred=wanted)
+
+    @gluon.jit
+    def wide_kernel(q_latent, q_rope, c_kv, k_rope, positions, out, lse, scale, T, H, splits, R: gl.constexpr):
+        """decode_kernel for 64 queries and tiles of 64 keys, with 8 warps; R from 128 to 512, d_r = 64."""
         SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, 32, 16])
         VALUES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, R // 2, 16])
+        LEFT: gl.constexpr = gl.DotOperandLayout(0, SCORES, 2)
+        ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [8, 1], [1, 0])
         SHARED: gl.constexpr = gl.NVMMASharedLayout(128, 16)
-        block, split, row = gl.program_id(0), gl.program_id(1), gl.program_id(2).to(gl.int64)
-        length = gl.load(positions + row * T + T - 1).to(gl.int32) + 1
-        size = ((length + 63) // 64 + splits - 1) // splits * 64
+        block, split, row = gl.program_id(0), gl.program_id(1), gl.program_id(2)
+        length, size = share(positions, row.to(gl.int64), T, splits, 64)
         start = split * size
         end = gl.minimum(start + size, length)
         if start >= end:
             return
-        c_kv += row * c_row
-        k_rope += row * k_row
         query = gl.allocate_shared_memory(gl.bfloat16, [64, R], SHARED)
-        query_rope = gl.allocate_shared_memory(gl.bfloat16, [64, D_R], SHARED)
-        c = gl.allocate_shared_memory(gl.bfloat16, [2, 64, R], SHARED)                     # one in use, one on its way
-        k = gl.allocate_shared_memory(gl.bfloat16, [2, 64, D_R], SHARED)
+        query_rope = gl.allocate_shared_memory(gl.bfloat16, [64, 64], SHARED)
+        all_c = gl.allocate_shared_memory(gl.bfloat16, [2, 1, 64, R], c_kv.layout)         # one in use, one on its way
+        all_k = gl.allocate_shared_memory(gl.bfloat16, [2, 1, 64, 64], k_rope.layout)
         weights = gl.allocate_shared_memory(gl.bfloat16, [64, 64], SHARED)
-        fetch(query, q_latent + row * T * H * R, block * 64, T * H, R, R)
-        fetch(query_rope, q_rope + row * T * H * D_R, block * 64, T * H, D_R, D_R)
-        fetch(c.index(0), c_kv, start, end, c_token, R)
-        fetch(k.index(0), k_rope, start, end, k_token, D_R)
+        full = barriers(2, 1)
+        hopper.fence_async_shared()
+        load_keys(c_kv, k_rope, all_c.index(0), all_k.index(0), full.index(0), row, start, True)
+        at = row.to(gl.int64) * T
+        load_queries(query, q_latent + at * H * R, block * 64, T * H, R)
+        load_queries(query_rope, q_rope + at * H * 64, block * 64, T * H, 64)
         hopper.async_copy.commit_group()
 
         q = block * 64 + gl.arange(0, 64, gl.SliceLayout(1, SCORES))
         there = q < T * H
-        last = gl.load(positions + row * T + q // H, mask=there, other=0).to(gl.int32)
+        last = gl.load(positions + at + q // H, mask=there, other=0).to(gl.int32)
+        first = gl.load(positions + at).to(gl.int32)                                # the last key that all of them see
         top = gl.full([64], -1e30, gl.float32, gl.SliceLayout(1, SCORES))
         total = gl.zeros([64, 64], gl.float32, SCORES)                              # summed over keys at the end, once
         acc = hopper.warpgroup_mma_init(gl.zeros([64, R], gl.float32, VALUES))
+        hopper.async_copy.wait_group(0)                                         # the compiler puts a barrier after it
+        begin, turned = query.slice(0, 128, dim=1).load(LEFT), query_rope.load(LEFT)  # registers have room for so much
+        hopper.fence_async_shared()
         for s in range(start, end, 64):
-            here = (s - start) // 64 % 2
+            n = (s - start) // 64
+            here = n % 2
             acc = hopper.warpgroup_mma_wait(0, [acc])
-            hopper.async_copy.wait_group(0)                                     # the compiler puts a barrier after it
-            hopper.fence_async_shared()
-            scores = hopper.warpgroup_mma(query_rope, k.index(here).permute((1, 0)),
-                                          gl.zeros([64, 64], gl.float32, SCORES), use_acc=False, is_async=True)
-            scores = hopper.warpgroup_mma(query, c.index(here).permute((1, 0)), scores, is_async=True)
-            fetch(c.index(1 - here), c_kv, s + 64, end, c_token, R)             # while the tensor cores are at work
-            fetch(k.index(1 - here), k_rope, s + 64, end, k_token, D_R)
-            hopper.async_copy.commit_group()
-            scores = hopper.warpgroup_mma_wait(0, [scores]) * scale
-            keys = s + gl.arange(0, 64, gl.SliceLayout(0, SCORES))
-            scores = gl.where(keys[None, :] <= last[:, None], scores, float("-inf"))
-            high = gl.maximum(top, gl.max(scores, 1))
-            p, shrink = gl.exp2(scores - high[:, None]), gl.exp2(top - high)
+            mbarrier.wait(full.index(here), n // 2 & 1)
+            c, k = all_c.index(here).reshape([64, R]), all_k.index(here).reshape([64, 64])
+            if s + 64 > end:                         # beyond it anything may lie, NaN too, and 0 * NaN is not 0
+                inside = s + gl.arange(0, 64, gl.SliceLayout(1, ROWS)) < end
+                for i in gl.static_range(0, R, 64):
+                    part = c.slice(i, 64, dim=1)
+                    part.store(gl.where(inside[:, None], part.load(ROWS), 0.0))
+                hopper.fence_async_shared()
+            scores = hopper.warpgroup_mma(turned, k.permute((1, 0)), gl.zeros([64, 64], gl.float32, SCORES),
+                                          use_acc=False, is_async=True)
+            scores = hopper.warpgroup_mma(begin, c.slice(0, 128, dim=1).permute((1, 0)), scores, is_async=True)
+            for i in gl.static_range(128, R, 128):
+                scores = hopper.warpgroup_mma(query.slice(i, 128, dim=1), c.slice(i, 128, dim=1).permute((1, 0)),
+                                              scores, is_async=True)
+            warps_meet()                                                            # all have read the tile before
+            load_keys(c_kv, k_rope, all_c.index(1 - here), all_k.index(1 - here), full.index(1 - here), row, s + 64,
+                      s + 64 < end)
+            scores = hopper.warpgroup_mma_wait(0, [scores])
+            if s + 63 > first:
+                keys = s + gl.arange(0, 64, gl.SliceLayout(0, SCORES))
+                scores = gl.where(keys[None, :] <= last[:, None], scores, float("-inf"))
+            high = gl.maximum(top, gl.max(scores, 1) * scale)
+            p, shrink = gl.exp2(scores * scale - high[:, None]), gl.exp2(top - high)
             total = total * shrink[:, None] + p
             top = high
             weights.store(p.to(gl.bfloat16))
             hopper.fence_async_shared()
             acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, VALUES))[:, None]
-            acc = hopper.warpgroup_mma(weights, c.index(here), acc, is_async=True)
+            acc = hopper.warpgroup_mma(weights, c, acc, is_async=True)
         acc = hopper.warpgroup_mma_wait(0, [acc])
-        hopper.async_copy.wait_group(0)
         total = gl.sum(total, 1)
         seen = gl.where(total > 0, total, 1.0)
-        at = (split * gl.num_programs(2) + row) * T * H
+        at = (split * gl.num_programs(2) + row).to(gl.int64) * T * H
         gl.store(lse + at + q, gl.where(total > 0, top + gl.log2(seen), float("-inf")), mask=there)
         acc = acc / gl.convert_layout(seen, gl.SliceLayout(1, VALUES))[:, None]
         q, dims = block * 64 + gl.arange(0, 64, gl.SliceLayout(1, VALUES)), gl.arange(0, R, gl.SliceLayout(0, VALUES))
@@ -842,7 +996,7 @@ def decode_triton(q_latent, q_rope, latents, positions, scale, splits=None):
     if isinstance(latents, Fp8Latents):
         c_kv, tile_scale, k_rope = latents
     else:
-        latents = latents if latents.stride(-1) == 1 else latents.contiguous()
+        latents = readable(latents)
         c_kv, tile_scale, k_rope = latents[..., :R], None, latents[..., R:]
     # Up to 16 queries: tensor cores idle anyway, and two small programs on each multiprocessor keep more bytes on the
     # way. More: 64 are what Hopper's wide products take, and one program fills a multiprocessor's shared memory.
@@ -855,15 +1009,17 @@ def decode_triton(q_latent, q_rope, latents, positions, scale, splits=None):
     out, positions = torch.empty(q_latent.shape, dtype=q_latent.dtype, device=q_latent.device), positions.contiguous()
     parts = torch.empty(splits, *out.shape, dtype=torch.float32, device=out.device) if splits > 1 else out
     lse = torch.empty(splits, B, T, H, dtype=torch.float32, device=out.device)
-    args = (q_latent.contiguous(), q_rope.contiguous(), c_kv, k_rope, positions, parts, lse, scale * math.log2(math.e),
-            T, H, splits, *c_kv.stride()[:2], *k_rope.stride()[:2])
-    dims = dict(R=R, D_R=q_rope.shape[-1])
+    q_latent, q_rope, base2 = q_latent.contiguous(), q_rope.contiguous(), scale * math.log2(math.e)
     if wide:
-        wide_kernel[blocks, splits, B](*args, **dims, num_warps=warps)
+        read = lambda x: GluonDescriptor(x, x.shape, x.stride(), [1, 64, x.shape[-1]], WIDE)
+        wide_kernel[blocks, splits, B](q_latent, q_rope, read(c_kv), read(k_rope), positions, parts, lse, base2, T, H,
+                                       splits, R, num_warps=warps)
     else:
         s_strides = (0, 0) if tile_scale is None else tile_scale.stride()[:2]
-        decode_kernel[blocks, splits, B](*args, tile_scale, *s_strides, **dims, TILES=tiles(R), BLOCK_Q=BLOCK_Q,
-                                         BLOCK_S=BLOCK_S, STAGES=stages, num_warps=warps)
+        decode_kernel[blocks, splits, B](q_latent, q_rope, c_kv, k_rope, positions, parts, lse, base2, T, H, splits,
+                                         *c_kv.stride()[:2], *k_rope.stride()[:2], tile_scale, *s_strides, R=R,
+                                         D_R=q_rope.shape[-1], TILES=tiles(R), BLOCK_Q=BLOCK_Q, BLOCK_S=BLOCK_S,
+                                         STAGES=stages, num_warps=warps)
     if splits > 1:
         SPLITS = triton.next_power_of_2(splits)
         BLOCK_R = min(R, max(8192 // SPLITS, 16))

@@ -31,6 +31,7 @@ import train
 from configs import Config, UserError
 from model import V3, official_tensors
 
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="processes are forked, which Windows can't")
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 20
 SMALL = f"""
@@ -225,6 +226,16 @@ def test_gradients_may_be_summed_in_bf16(whole, tmp_path):
     go(2, tmp_path / "fp32", max_steps=4, eval_interval=0)
     ours, theirs = (tensors(tmp_path / run)["exp_avg/lm_head.weight"] for run in ("run", "fp32"))
     assert 1e-5 < (ours - theirs).norm() / theirs.norm() < 1e-2
+
+
+def test_pipeline_experts_zero1_fp8_recomputing_and_the_average_work_together(tmp_path):
+    changes = dict(precision="fp8_reference", moments="bf16", recompute=True, max_steps=6, eval_interval=0)
+    go(1, tmp_path / "one", **changes)
+    go(4, tmp_path / "four", pp=2, ep=2, **changes)
+    for ours, theirs in zip(metrics(tmp_path / "four"), metrics(tmp_path / "one"), strict=True):
+        assert ours.get("loss", 0) == pytest.approx(theirs.get("loss", 0), rel=1e-2)    # tokens travel in FP8 too
+    ours, theirs = tensors(tmp_path / "four"), tensors(tmp_path / "one")
+    assert ours.keys() == theirs.keys() and all(ours[name].dtype == t.dtype for name, t in theirs.items())
 
 
 def test_nobody_owns_much_more_than_the_others(ran):
@@ -464,6 +475,24 @@ def test_a_port_that_is_taken_is_named(tmp_path):
         assert f"127.0.0.1:{s.getsockname()[1]}: the port is in use" in log.read_text()
         processes[1].kill()
         assert finish(processes, log)[0][0] == 2
+
+
+def test_a_torch_without_nccl_and_a_device_that_sends_nothing_are_named(monkeypatch):
+    monkeypatch.setattr(parallel.dist, "is_nccl_available", lambda: False)
+    for device, says in (("cuda", "built without NCCL"), ("mps", "can't send between")):
+        with pytest.raises(UserError, match=says):
+            parallel.Mesh(world=2, dp=2).connect(torch.device(device))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(UserError, match="number 2 on its machine, which has 1 GPUs"):
+        parallel.Mesh(rank=1, world=2, local=1).device(torch.device("cuda"))
+
+
+def test_ranks_that_nobody_started_are_told_so(tmp_path):
+    done = subprocess.run([sys.executable, ROOT / "train.py", "small.py"], text=True, capture_output=True, timeout=60,
+                          env={**{k: v for k, v in os.environ.items() if k != "MASTER_ADDR"}, "WORLD_SIZE": "2",
+                               "RANK": "0"})
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "error: WORLD_SIZE is 2, but" in done.stderr and "start the ranks with torchrun" in done.stderr
 
 
 def test_the_layout_of_ranks_is_that_of_the_drawing():

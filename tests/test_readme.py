@@ -27,7 +27,8 @@ def test_every_config_that_the_readme_names_loads(capsys):
 
 
 def test_every_flag_that_the_readme_names_exists():
-    known = {*configs.FIELDS, *(f.name for f in dataclasses.fields(sample.Options)), "help", "nanogpt"}
+    others = {"nproc", "nnodes", "max", "rdzv", "ntasks", "gpus"}       # of torchrun and SLURM, up to the first hyphen
+    known = {*configs.FIELDS, *(f.name for f in dataclasses.fields(sample.Options)), "help", "nanogpt", *others}
     flags = set(re.findall(r"--(\w+)", re.sub(r"<!--.*?-->", "", README)))
     assert {"resume", "data", "prompt"} <= flags and flags <= known
 

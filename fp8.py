@@ -190,8 +190,8 @@ def empty(*shape, device):
 
 
 def tile_scales(M, k, device):
-    """float32 [M, k] whose columns lie in one piece and begin at multiples of 16 bytes, as TMA wants what it loads."""
-    return torch.empty(k, -(-M // 4) * 4, dtype=torch.float32, device=device)[:, :M].t()
+    """float32 [M, k], each column in one piece."""
+    return torch.empty(k, M, dtype=torch.float32, device=device).t()
 
 
 if backend.has_triton():
@@ -247,7 +247,7 @@ if backend.has_triton():
         if ROWS:
             value = value * inverse * tl.load(weight + k, mask=k < K, other=0.0).to(tl.float32)
             scale = scale_of(largest(value, 1), POW2)
-            tl.store(row_scale + tile * (tl.cdiv(M, 4) * 4) + m, scale, mask=tile * 128 < K)
+            tl.store(row_scale + tile * M + m, scale, mask=tile * 128 < K)
             tl.store(row + m * row_stride + k, to_e4m3(value, scale[:, None]), mask=k < K)
 
     @triton.jit
@@ -282,11 +282,11 @@ if backend.has_triton():
                 tile *= tl.load(weight + m, mask=m < M, other=0.0).to(tl.float32)[:, None]
         if ROWS:
             scale = scale_of(largest(tile, 1), POW2)
-            tl.store(row_scale + tl.program_id(1) * (tl.cdiv(M, 4) * 4) + m, scale, mask=m < M)
+            tl.store(row_scale + tl.program_id(1) * M + m, scale, mask=m < M)
             tl.store(row + m[:, None] * row_stride + k[None, :], to_e4m3(tile, scale[:, None]), mask=inside)
         if COLUMNS:
             scale = scale_of(largest(tile, 0), POW2)
-            tl.store(column_scale + tl.program_id(0) * (tl.cdiv(K, 4) * 4) + k, scale, mask=k < K)
+            tl.store(column_scale + tl.program_id(0) * K + k, scale, mask=k < K)
             q = to_e4m3(tile, scale[None, :])
             q = tl.trans(q.reshape(BLOCK_M // APART, APART, 128), 2, 1, 0).reshape(128, BLOCK_M)    # in x's own order
             m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -469,14 +469,14 @@ if backend.has_triton():
     # the tensor cores want 64, y^T = W x^T; where they are too few to keep the GPU busy, K is shared out as well.
 
     @triton.jit
-    def few_kernel(a, b, y, a_scale, b_scale, M, N, steps, share, y_share, y_stride, a_scale_k, b_scale_n, b_scale_k,
-                   BLOCK_M: tl.constexpr, STAGES: tl.constexpr):
+    def few_kernel(a, b, y, a_scale, b_scale, M, N, steps, share, y_share, y_stride, a_scale_m, a_scale_k, b_scale_n,
+                   b_scale_k, BLOCK_M: tl.constexpr, STAGES: tl.constexpr):
         """64 columns of y [M, N], or of one share of the sums."""
         n, m, first = tl.program_id(0) * 64 + tl.arange(0, 64), tl.arange(0, BLOCK_M), tl.program_id(1) * share
         total = tl.zeros([64, BLOCK_M], tl.float32)
         for k in tl.range(first, min(steps, first + share), num_stages=STAGES):
             dot = tl.dot(b.load([tl.program_id(0) * 64, k * 128]), a.load([0, k * 128]).T)
-            s = tl.load(a_scale + m + k * a_scale_k, mask=m < M, other=0.0)
+            s = tl.load(a_scale + m * a_scale_m + k * a_scale_k, mask=m < M, other=0.0)
             total += dot * (s * tl.load(b_scale + tl.program_id(0) // 2 * b_scale_n + k * b_scale_k))[None, :]
         y += tl.program_id(1).to(tl.int64) * y_share + m[None, :] * y_stride + n[:, None]
         tl.store(y, total, mask=(m < M)[None, :] & (n < N)[:, None])
@@ -567,7 +567,7 @@ def gemm_plain(a, b, y, add=False):
 
 
 def gemm_wide(a, b, y, add=False):
-    """gemm_plain on Hopper, for scales of 1x128 tiles that lie as quantize_triton writes them; add: y FP32."""
+    """gemm_plain on Hopper, for scales of 1x128 tiles whose columns begin at multiples of 16 bytes; add: y FP32."""
     (M, N), blocks = y.shape, len(b.scale) < len(b.values)
     programs = backend.multiprocessors(y.device)
     # 192 rows a tile read less than 128 do, about 7% of the time; but the last turn may leave more programs idle.
@@ -597,14 +597,14 @@ FEW = 128                                     # rows, up to which a product is b
 
 
 def gemm_few(a, b, y):
-    """gemm_plain for up to FEW rows and b in blocks; a's scales as for gemm_wide."""
+    """gemm_plain for up to FEW rows and b in blocks."""
     (M, N), steps = y.shape, a.scale.shape[1]
     BLOCK_M, blocks = max(16, triton.next_power_of_2(M)), triton.cdiv(N, 64)
     shares = max(1, min(2 * backend.multiprocessors(y.device) // blocks, steps // 12))
     parts = y if shares == 1 else torch.empty(shares, M, N, dtype=torch.float32, device=y.device)
     few_kernel[blocks, shares](
         descriptor(a, BLOCK_M), descriptor(b, 64), parts, a.scale, b.scale, M, N, steps, triton.cdiv(steps, shares),
-        M * N, parts.stride(-2), a.scale.stride(1), *b.scale.stride(), BLOCK_M, {16: 6, 32: 6, 64: 4, 128: 3}[BLOCK_M])
+        M * N, parts.stride(-2), *a.scale.stride(), *b.scale.stride(), BLOCK_M, {16: 6, 32: 6, 64: 4, 128: 3}[BLOCK_M])
     if shares > 1:
         sum_kernel[triton.cdiv(N, 1024), M](parts, y, N, M * N, y.stride(0), shares, 1024)
     return y
@@ -612,15 +612,13 @@ def gemm_few(a, b, y):
 
 def gemm_triton(a, b, y, add=False):
     """gemm_torch into y [M, N], or (add, y FP32) added to it, by the kernel that is made for the shape and the GPU."""
-    blocks = len(b.scale) < len(b.values)
-    # TMA loads scales in pieces of 16 bytes. Rows that begin elsewhere, as those of an expert may, go the plain way.
-    pieces = all(q.scale.stride(0) == 1 and q.scale.stride(1) % 4 == 0 and q.scale.storage_offset() % 4 == 0
-                 for q in ((a,) if blocks else (a, b)))
-    if not pieces or not backend.hopper(y.device):
-        return gemm_plain(a, b, y, add)
-    if len(y) <= FEW and blocks and not add:
+    blocks, wide = len(b.scale) < len(b.values), backend.hopper(y.device)
+    if len(y) <= FEW and blocks and not add and wide:
         return gemm_few(a, b, y)
-    return gemm_wide(a, b, y, add)
+    # TMA loads scales from multiples of 16 bytes on. Rows that begin elsewhere, as an expert's may, go the plain way.
+    for q in (a,) if blocks else (a, b):
+        wide &= q.scale.stride(0) == 1 and q.scale.stride(1) % 4 == 0 and q.scale.storage_offset() % 4 == 0
+    return (gemm_wide if wide else gemm_plain)(a, b, y, add)
 
 
 def takes_cublas(a, b, y):

@@ -76,7 +76,7 @@ def test_rows_are_sorted_by_expert_and_every_expert_begins_a_tile(N, E, K, load)
 
 
 def test_the_rows_that_may_be_needed_are_enough_for_the_worst_load():
-    for pairs in (8, 24, 120):                                     # of eight experts each begins a tile, and none is full
+    for pairs in (8, 24, 120):                              # each of eight experts begins a tile, and none is full
         plan = plan_triton(torch.arange(pairs, device=DEVICE).view(-1, 1) % 8, 8, 16)
         assert plan.start[-1] <= len(plan.pair) and sorted(plan.row.flatten().tolist()) \
             == (plan.pair >= 0).nonzero().flatten().tolist()

@@ -5,11 +5,14 @@
     ablations   MTP, balancing, dense against a mixture, on char: python bench.py ablations --data=FILE
     speculation drafted against plain generation (sample.py --speculate), on held-out text; --out_dir=RUN takes a run
                 that is there, of a context of 256 tokens, in place of training one
+    loads       which experts work: over the steps of a training run, and on library code, tests and documentation
     decode      attention over the latent cache against torch.compile; tokens/s of generation (needs a GPU)
     attention   training attention, norm, RoPE and recomputation on a GPU: python bench.py attention
     moe         the routed experts against torch.compile of F.grouped_mm, and a training step of bench_1b on a GPU
     fp8_error   what promotion to FP32 saves in a product of FP8 numbers, against its length K
     fp8_loss    char in FP32, BF16 and FP8 (the reference): python bench.py fp8_loss --data=FILE
+    pipeline    every schedule executed with stages that sleep, against its simulation and torch.distributed.pipelining
+    overlap     what a pair of DualPipe's chunks hides on one GPU: V3's blocks, copies in place of the network
     fp8         FP8's quantization, products, Linears and optimizer against torch's, at V3's shapes (a Hopper GPU)
     layer       one MoE layer of V3 as one GPU of 64 has it: FP8 against BF16 (a Hopper GPU)
     fp8_quality 1000 steps of configs/gpu.py in BF16, BF16 with another seed, and FP8 (a Hopper GPU)
@@ -21,12 +24,14 @@ versions, the command and the date beside what came out.
 import datetime
 import json
 import math
+import multiprocessing
 import os
 import platform
 import shutil
 import statistics
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 from collections import Counter
@@ -35,14 +40,18 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+import torch.distributed as dist
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import backend
+import cluster
 import configs
 import dualpipe
 import experts
 import fp8
 import mla
+import model
 import moe
 import sample
 from backend import has_triton, use_graph
@@ -324,6 +333,69 @@ def speculation(options):
     record("speculation", "python bench.py speculation", prompts=len(prompts), tokens=tokens,
            config={"dim": v3.config.dim, "n_layers": v3.config.n_layers, "precision": v3.config.precision,
                    "steps": state["step"]}, plain_tokens_per_s=tokens / plain, modes=modes, data=state["data"])
+
+
+# --- loads: which experts work ----------------------------------------------------------------------------------------
+
+def kinds_of_text():
+    """{kind: text}, none of it trained on: of Python's own library the held-out sources, in two halves (what differs
+    between these is chance), the held-out topics of its reference, and its tests, which are not in the corpus."""
+    _, held_out = split(documents("stdlib"))
+    sources = [text for name, text in held_out if not name.startswith("reference/")]
+    tests = sorted(Path(sysconfig.get_path("stdlib"), "test").glob("test_*.py"))
+    out = {"library": sources[::2], "library, other files": sources[1::2],
+           "reference": [text for name, text in held_out if name.startswith("reference/")],
+           "tests": [path.read_text(encoding="utf-8", errors="ignore") for path in tests[::10]]}
+    return {kind: "\n".join(texts) for kind, texts in out.items() if texts}
+
+
+@torch.inference_mode()
+def load_of(v3, tokenizer, text, sequences=64):
+    """Share of the rows of each expert on the beginning of a text: [layers (MTP's last)][experts], 1 = the mean."""
+    T, n_mtp = v3.config.seq_len, v3.config.n_mtp
+    ids = sample.encode(tokenizer, text)[:sequences * (T + n_mtp)]
+    tokens = torch.tensor(ids[:len(ids) // (T + n_mtp) * (T + n_mtp)]).view(-1, T + n_mtp)
+    h, routings = v3.hidden(tokens[:, :T])
+    loads = torch.stack([r.load for r in [*routings, *(r for _, r in v3.draft(h, tokens) if r)]]).double()
+    return (loads / loads.mean(1, keepdim=True)).tolist()
+
+
+def loads(options):
+    """The default job, with half of its steps unless --out_dir names a run made with --log_load=True."""
+    with tempfile.TemporaryDirectory() as folder:
+        out_dir = options.get("out_dir", f"{folder}/run")
+        if "out_dir" not in options:
+            train("configs/tiny.py", "--max_steps=475", "--decay_start=140", "--log_load=True", f"--out_dir={out_dir}")
+        rows, _ = lines(out_dir)
+        v3, tokenizer, _ = sample.load(out_dir, "cpu")
+    if "load" not in rows[0] or not rows[0]["load"]:
+        raise UserError(f"bench.py loads: {out_dir} has no loads in its metrics; train with --log_load=True")
+    rows = rows[::-(-len(rows) // 80)]
+    steps = torch.tensor([row["load"] for row in rows], dtype=torch.float64)                  # [steps, layers, E]
+    shares = (steps / steps.mean(2, keepdim=True)).round(decimals=2)
+    layers = [f"layer {i}" for i in range(v3.config.n_dense_layers, v3.config.n_layers)]
+    layers += [f"MTP {i + 1}" for i in range(steps.shape[1] - len(layers))]
+    record("loads", "python bench.py loads", layers=layers, steps=[row["step"] for row in rows],
+           shares=shares.tolist(), kinds={kind: load_of(v3, tokenizer, text) for kind, text in kinds_of_text().items()})
+
+
+def draw_loads(pyplot):
+    """results/loads.png: both pictures, as shares of the mean load; blue is idle, red is busy."""
+    r = load("loads")
+    layers, steps = len(r["layers"]), torch.tensor(r["shares"])                               # [steps, layers, E]
+    colours = dict(cmap="RdBu_r", vmin=0, vmax=2, aspect="auto", interpolation="nearest")
+    figure, axes = pyplot.subplots(2, layers, figsize=(9, 4.2), squeeze=False, height_ratios=(3, 2),
+                                   layout="constrained")
+    for i, (above, below) in enumerate(axes.T):
+        image = above.imshow(steps[:, i].T, extent=(r["steps"][0], r["steps"][-1], steps.shape[2] - 0.5, -0.5),
+                             **colours)
+        above.set(title=r["layers"][i], xlabel="step", yticks=range(steps.shape[2]))
+        below.imshow([loads[i] for loads in r["kinds"].values()], **colours)
+        below.set(xlabel="expert", xticks=range(steps.shape[2]), yticks=range(len(r["kinds"])),
+                  yticklabels=list(r["kinds"]) if i == 0 else [])
+    axes[0, 0].set_ylabel("expert")
+    figure.colorbar(image, ax=axes, label="load / mean load")
+    figure.savefig(RESULTS / "loads.png", dpi=110)
 
 
 # --- decode: attention over the latent cache --------------------------------------------------------------------------
@@ -990,6 +1062,243 @@ def fp8_quality(options):
     record("fp8_quality", "python bench.py fp8_quality", data=state["data"], runs=runs)
 
 
+# --- pipelines of stages that sleep -----------------------------------------------------------------------------------
+
+class Sleep(torch.autograd.Function):
+    """x, but F takes as long as I, and with a weight as W."""
+
+    @staticmethod
+    def forward(ctx, x, seconds, weight=None):
+        ctx.weight, ctx.seconds = weight, seconds
+        time.sleep(seconds)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, dy):
+        time.sleep(ctx.seconds)
+        wgrad = lambda: time.sleep(ctx.seconds) or torch.zeros_like(ctx.weight)
+        return dy, None, None if ctx.weight is None else fp8.weight_gradient(ctx.weight, wgrad)
+
+
+class Sleeper(nn.Module):
+    """A stage that does nothing for so long. local: with the local loss that DualPipe asks for."""
+
+    def __init__(self, seconds, local=True):
+        super().__init__()
+        self.weight, self.seconds, self.local = nn.Parameter(torch.zeros(1)), seconds, local
+
+    def forward(self, x):
+        y = Sleep.apply(x, self.seconds, self.weight)
+        return (y, None) if self.local else y
+
+    def put_off(self):
+        """torch's name for it is dw_builder: take what a backward has put off -> a function that does it."""
+        later, self.weight.queue = self.weight.queue, []
+        return lambda: [compute() for compute in later]
+
+
+def our_pipeline(kind, ranks, rank, x, microbatches, seconds):
+    _, here = dualpipe.layout(kind, ranks, rank)
+    pipe = dualpipe.DualPipe(kind, [Sleeper(seconds) for _ in here], lambda y, labels: y.sum(), x[:1])
+    return lambda: pipe.step(microbatches, x, x)
+
+
+def torch_pipeline(schedule, ranks, rank, x, microbatches, seconds):
+    from torch.distributed import pipelining
+    single = issubclass(schedule, pipelining.schedules.PipelineScheduleSingle)
+    stages = []
+    for index in [rank] if single else [rank, 2 * ranks - 1 - rank]:
+        sleeper = Sleeper(seconds, local=False)
+        sleeper.weight.queue = []
+        args = x[:1].clone().requires_grad_(index > 0)
+        stages.append(pipelining.PipelineStage(sleeper, index, ranks if single else 2 * ranks, torch.device("cpu"),
+                                               args, x[:1].clone().requires_grad_(), dw_builder=sleeper.put_off))
+    pipe = schedule(stages[0] if single else stages, microbatches, lambda y, labels: y.sum(), scale_grads=False)
+    inputs = [x] if stages[0].is_first else []
+    target = {"target": x} if stages[-1].is_last else {}
+    return lambda: pipe.step(*inputs, **target)
+
+
+def sleep_in_turns(rank, ranks, folder, seconds, attempts):
+    """What one rank does: every schedule on the same model, that of two stages a rank with stages of half the time."""
+    from torch.distributed.pipelining import Schedule1F1B, ScheduleDualPipeV, ScheduleZBVZeroBubble
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store{ranks}", rank=rank, world_size=ranks,
+                            timeout=datetime.timedelta(seconds=60))
+    microbatches, rows = 5 * ranks // 2, []
+    x = torch.zeros(microbatches, 8)
+    for maker, kind in [*((our_pipeline, kind) for kind in dualpipe.KINDS), (torch_pipeline, Schedule1F1B),
+                        (torch_pipeline, ScheduleZBVZeroBubble), (torch_pipeline, ScheduleDualPipeV)]:
+        name = kind if isinstance(kind, str) else kind.__name__
+        share = 0.5 if name == "dualpipev" or name.endswith(("V", "Bubble")) else 1.0
+        step, times = maker(kind, ranks, rank, x, microbatches, share * seconds), []
+        for _ in range(attempts):
+            dist.barrier()
+            began = time.perf_counter()
+            step()
+            took = torch.tensor(time.perf_counter() - began, dtype=torch.float64)
+            dist.all_reduce(took, dist.ReduceOp.MAX)
+            times.append(took.item())
+        row = {"by": maker.__name__.partition("_")[0], "schedule": name, "ranks": ranks, "microbatches": microbatches,
+               "stage_seconds": share * seconds, "measured": times}
+        if kind in dualpipe.KINDS:
+            lists = [dualpipe.schedule(kind, ranks, r, microbatches) for r in range(ranks)]
+            row["simulated"] = dualpipe.simulate(kind, lists)["makespan"] * share * seconds
+        rows.append(row)
+    if rank == 0:
+        Path(folder, f"{ranks}.json").write_text(json.dumps(rows))
+    dist.destroy_process_group()
+
+
+def pipeline(options):
+    """The schedules executed on 4 and 8 gloo processes, F = I = W, against what `simulate` says and against torch's."""
+    rows, seconds, attempts = [], 0.05, int(options.get("repeats", 2))
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    with tempfile.TemporaryDirectory() as folder:
+        for ranks in (4, 8):
+            processes = [context.Process(target=sleep_in_turns, args=(rank, ranks, folder, seconds, attempts))
+                         for rank in range(ranks)]
+            [p.start() for p in processes]
+            [p.join(120) for p in processes]
+            [p.kill() for p in processes if p.is_alive()]
+            rows += json.loads(Path(folder, f"{ranks}.json").read_text())
+    for row in rows:
+        against = f", {min(row['measured']) / row['simulated'] - 1:+.1%} of simulated" if "simulated" in row else ""
+        print(f"{row['by']:6} {row['schedule']:22} {row['ranks']} ranks: {min(row['measured']):.3f} s{against}")
+    record("pipeline", "python bench.py pipeline", rows=rows)
+
+
+# --- a pair of chunks on one GPU --------------------------------------------------------------------------------------
+
+class Detour(moe.Sent):
+    """Tokens that travel to pinned memory of the host and back, some times, in place of other ranks: the GPU's copy
+    engines carry them, and so its processors are as free as they are while a network card works."""
+    times, host = 0, {}
+
+    def travel(self, *tensors):
+        for i, t in enumerate(tensors):
+            key = i, t.shape, t.dtype
+            if key not in self.host:
+                self.host[key] = torch.empty(t.shape, dtype=t.dtype, pin_memory=t.is_cuda)
+            for _ in range(self.times):
+                self.host[key].copy_(t, non_blocking=True)
+                t = torch.empty_like(t).copy_(self.host[key], non_blocking=True)
+        return tensors
+
+    def dispatch(self, *tensors):
+        return self.travel(*tensors)
+
+    there = back = dispatch
+
+
+def intervals(trace):
+    """A chrome trace -> [{"stream", "what", "start", "end"} of each kernel and copy] in ms from the first."""
+    events = [e for e in json.loads(Path(trace).read_text())["traceEvents"] if e.get("cat") in ("kernel", "gpu_memcpy")]
+    began = min(e["ts"] for e in events)
+    return [{"stream": e["args"]["stream"], "what": e["cat"], "start": (e["ts"] - began) / 1e3,
+             "end": (e["ts"] - began + e["dur"]) / 1e3} for e in sorted(events, key=lambda e: e["ts"])]
+
+
+def covered(spans, by):
+    """How much of some [(start, end)] others lie over."""
+    total, ends = 0.0, -math.inf
+    for start, end in sorted(by):                                              # joined, so that nothing counts twice
+        start, ends = max(start, ends), max(end, ends)
+        total += sum(max(0.0, min(end, e) - max(start, s)) for s, e in spans)
+    return total
+
+
+def pair(c, device, detours=range(1, 6)):
+    """-> (ms of a pair of chunks of two blocks each whose exchanges take no time; for each number of detours a row: ms
+    in turns and one after the other, and the share that turns hide; the timeline of a pair in turns, on a GPU)."""
+    tokens, ranks = torch.randint(c.vocab_size, (6, c.seq_len + 1), device=device), moe.ExpertRanks(1, 1, 0)
+    with device:
+        stages = model.stages(c, 2, [0, 1])
+    for block in (block for s in stages for block in s.layers.values()):
+        block.ffn.ranks = ranks
+    sync = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+
+    def step(overlap, watch):
+        """One batch, its pairs run by watch(run, step)."""
+        pipe = dualpipe.DualPipe("dualpipev", stages, stages[1].criterion, stages[0].like(1), overlap=overlap)
+        run = pipe.run
+        pipe.run = lambda step: watch(run, step) if step.kind == "FB" else run(step)
+        for s in stages:
+            s.begin(([len(tokens) * c.seq_len], len(tokens)))
+            s.zero_grad()
+        pipe.step(len(tokens), tokens, tokens)
+
+    def milliseconds(overlap):
+        times = []
+
+        def watch(run, step):
+            sync()
+            began = time.perf_counter()
+            run(step)
+            sync()
+            times.append((time.perf_counter() - began) * 1e3)
+
+        step(overlap, watch)
+        return statistics.median(times)
+
+    Detour.times = 0
+    milliseconds(True)                                                         # kernels are compiled
+    without, rows = milliseconds(True), []
+    for Detour.times in detours:
+        turns, apart = milliseconds(True), milliseconds(False)
+        rows.append({"detours": Detour.times, "in_turns_ms": turns, "one_after_the_other_ms": apart,
+                     "travel_ms": apart - without, "hidden": 1 - (turns - without) / (apart - without)})
+    timeline = []
+    if device.type == "cuda":
+        # An exchange for each segment, half as long: what V3 has on its own cluster (cluster.py).
+        Detour.times = min(rows, key=lambda row: abs(row["travel_ms"] / without - 0.5))["detours"]
+
+        def watch(run, step):
+            with torch.profiler.profile() as profiler:
+                run(step)
+                sync()
+            with tempfile.TemporaryDirectory() as folder:
+                profiler.export_chrome_trace(f"{folder}/trace.json")
+                timeline[:] = intervals(f"{folder}/trace.json")
+
+        step(True, watch)
+    return without, rows, timeline
+
+
+def overlap(options):
+    if not torch.cuda.is_available():
+        raise UserError("bench.py overlap: needs a CUDA GPU; tests/test_dualpipe.py measures the same on a CPU")
+    c = configs.load(["configs/v3_671b.py"]).replace(
+        n_layers=4, n_dense_layers=0, n_routed_experts=16, n_expert_groups=1, n_limited_groups=1, n_mtp=0,
+        vocab_size=1024, recompute=False, seq_len=4096)
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(moe, "Sent", Detour):
+        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
+        without, rows, timeline = pair(c, torch.device("cuda"))
+        dist.destroy_process_group()
+    main = Counter(e["stream"] for e in timeline if e["what"] == "kernel").most_common(1)[0][0]
+    kernels = [(e["start"], e["end"]) for e in timeline if e["what"] == "kernel" and e["stream"] == main]
+    copies = [(e["start"], e["end"]) for e in timeline if e["what"] == "gpu_memcpy" and e["stream"] != main]
+    for row in rows:
+        print(f"{row['travel_ms'] / without:.2f} of the arithmetic travels: {row['hidden']:.1%} hidden  {row}")
+    under = covered(copies, kernels) / sum(end - start for start, end in copies)
+    print(f"timeline: {under:.1%} of the copies under kernels")
+    record("overlap", "python bench.py overlap", shape="V3's layer with 16 experts, 4,096 tokens", without_ms=without,
+           rows=rows, timeline={"detours": Detour.times, "under_kernels": under, **{
+               name: [[round(t, 3) for t in span] for span in joined(spans)]
+               for name, spans in (("kernels", kernels), ("copies", copies))}})
+
+
+def joined(spans, gap=0.02):
+    """Sorted spans, those with less than a gap between them made one."""
+    out = []
+    for start, end in sorted(spans):
+        if out and start - out[-1][1] < gap:
+            out[-1][1] = max(out[-1][1], end)
+        else:
+            out.append([start, end])
+    return out
+
+
 # --- the README -------------------------------------------------------------------------------------------------------
 
 def load(section):
@@ -997,14 +1306,27 @@ def load(section):
     return json.loads(path.read_text()) if path.exists() else None
 
 
+def clusters():
+    """V3's own 2048 GPUs under each schedule, as cluster.py plans them."""
+    v3 = configs.read(HERE / "configs/v3_671b.py")
+    v3 = configs.Config(**{key: value for key, (value, _) in v3.items()}).replace(precision="fp8", moments="bf16")
+    a, lines = arithmetic(v3), ["| schedule | a step, s | bubble | exchanges hidden, s | exposed | tokens/s a GPU | "
+                                "weights, gradients, moments, GB | activations |", "|---|---|---|---|---|---|---|---|"]
+    for kind in dualpipe.KINDS:
+        n, _ = cluster.plan(v3, kind, 16, 128, 64, a=a)
+        lines.append(f"| {kind} | {n['step']:.1f} | {n['bubble']:.1%} | {n['hidden']:.1f} | {n['exposed']:.1f} | "
+                     f"{n['tokens_per_s']:,.0f} | {n['weights'] / 1e9:.0f} | {n['activations'] / 1e9:.0f} |")
+    return "\n".join(lines)
+
+
 def tables():
     """{name of a marked place in the README: its text}, from the committed results."""
     t, c, a, d, s = load("tiny"), load("char"), load("ablations"), load("decode"), load("speculation")
-    attention, low = load("attention"), load("fp8_loss")
+    attention, low, p, o = (load(name) for name in ("attention", "fp8_loss", "pipeline", "overlap"))
     mean = lambda runs, key: statistics.mean(r[key] for r in runs)
     spread = lambda runs, key: statistics.stdev(r[key] for r in runs) if len(runs) > 1 else 0.0
     vio = lambda runs: f"{mean(runs, 'max_vio'):.2f}" if mean(runs, "max_vio") else "-"
-    out = {"dualpipe": f"```\n{dualpipe.table(dualpipe.parse([]))}\n```"}
+    out = {"dualpipe": f"```\n{dualpipe.table(dualpipe.parse([]))}\n```", "cluster": clusters()}
     if t:
         out["tiny"] = (
             f"| | |\n|---|---|\n| time, process start to last line | {t['seconds'] / 60:.1f} minutes "
@@ -1069,6 +1391,26 @@ def tables():
             "|---|---|---|---|",
             *(f"| {name} | {', '.join(f'{x:.4f}' for x in of(key, 'loss'))} | {against(key):+.2%} | "
               f"{', '.join(f'{x:.4f}' for x in of(key, 'val_loss'))} |" for key, name in names.items())])
+    if p:
+        cell = lambda r: "" if r is None else f"{min(r['measured']):.2f}" + (
+            f" ({min(r['measured']) / r['simulated'] - 1:+.1%})" if "simulated" in r else "")
+        find = lambda name, ranks: next((r for r in p["rows"] if (r["schedule"], r["ranks"]) == (name, ranks)), None)
+        theirs = {"1f1b": "Schedule1F1B", "dualpipev": "ScheduleDualPipeV", "zbv": "ScheduleZBVZeroBubble"}
+        out["pipeline"] = "\n".join([
+            "| schedule | 4 ranks, 10 micro-batches: simulated, s | ours | torch's "
+            "| 8 ranks, 20 micro-batches: simulated | ours | torch's |", "|---|---|---|---|---|---|---|",
+            *(f"| {kind} | " + " | ".join(
+                f"{'%.2f' % r['simulated'] if (r := find(kind, ranks)) else ''} | {cell(r)} | "
+                f"{cell(find(theirs.get(kind), ranks))}" for ranks in (4, 8)) + " |"
+              for kind in (*dualpipe.KINDS, "zbv"))])
+    if o:
+        out["overlap"] = "\n".join([
+            "| exchanges / arithmetic | no exchanges, ms | one after the other | in turns | hidden |",
+            "|---|---|---|---|---|",
+            *(f"| {r['travel_ms'] / o['without_ms']:.2f} | {o['without_ms']:.1f} | {r['one_after_the_other_ms']:.1f} | "
+              f"{r['in_turns_ms']:.1f} | {r['hidden']:.0%} |" for r in o["rows"]), "",
+            f"{o['gpu']}, two of {o['shape']}, in each chunk. In the figure {o['timeline']['under_kernels']:.0%} of "
+            f"the copies lie under kernels."])
     if s:
         out["speculation"] = "\n".join([
             "| drafts | of them accepted | tokens per forward pass | time of the drafts / of a plain step | tokens/s | "
@@ -1125,6 +1467,16 @@ def readme(options):
     figure.savefig(RESULTS / "cache.png", dpi=110)
     call(["dualpipe.py", f"--png={RESULTS / 'dualpipe.png'}"], HERE)
 
+    if o := load("overlap"):
+        figure, axes = pyplot.subplots(figsize=(8, 1.6))
+        for row, (name, color) in enumerate((("kernels", "tab:blue"), ("copies", "tab:orange"))):
+            axes.broken_barh([(start, end - start) for start, end in o["timeline"][name]], (0.6 - row, 0.8),
+                             color=color)
+        axes.set(yticks=[1, 0], yticklabels=["arithmetic", "exchanges"], xlabel="ms",
+                 title="a forward and a backward chunk in turns")
+        figure.tight_layout()
+        figure.savefig(RESULTS / "overlap.png", dpi=110)
+
     figure, axes = pyplot.subplots(figsize=(6, 3))
     errors = load("fp8_error")["errors"]
     for numbers, style in zip(dict.fromkeys(r["numbers"] for r in errors), ("-", "--")):
@@ -1138,11 +1490,14 @@ def readme(options):
     axes.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(RESULTS / "fp8_error.png", dpi=110)
+    if load("loads"):
+        draw_loads(pyplot)
 
 
-SECTIONS = {"tiny": tiny, "char": char, "ablations": ablations, "speculation": speculation,
+SECTIONS = {"tiny": tiny, "char": char, "ablations": ablations, "speculation": speculation, "loads": loads,
             "attention": attention, "decode": decode, "moe": moe_on_a_gpu, "fp8_error": fp8_error, "fp8_loss": fp8_loss,
-            "fp8": fp8_on_a_gpu, "layer": layer, "fp8_quality": fp8_quality, "readme": readme}
+            "fp8": fp8_on_a_gpu, "layer": layer, "fp8_quality": fp8_quality, "pipeline": pipeline, "overlap": overlap,
+            "readme": readme}
 
 
 def main(argv):

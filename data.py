@@ -586,10 +586,13 @@ def xz_bytes(raw):
 # --- batches ----------------------------------------------------------------------------------------------------------
 
 def batch_size_at(config, step):
-    """Sequences in the batch of `step`: from a fifth of batch_size, growing evenly (V3: 3072 -> 15360, section 4.2)."""
+    """Sequences in the batch of `step`: from a fifth of batch_size, growing evenly (V3: 3072 -> 15360, section 4.2), in
+    multiples of batch_multiple."""
     if step >= config.batch_ramp:
         return config.batch_size
-    return max(1, config.batch_size * (config.batch_ramp + 4 * step) // (5 * config.batch_ramp))
+    multiple = config.batch_multiple
+    size = config.batch_size * (config.batch_ramp + 4 * step) // (5 * config.batch_ramp)
+    return max(multiple, (size + multiple // 2) // multiple * multiple)
 
 
 def shuffle(x, n, keys):
@@ -692,21 +695,24 @@ class Data:
             out[epochs == epoch] = (order * self.config.seq_len + int(shift) % n) % n
         return out
 
-    def eval_windows(self, batch_size):
+    def eval_windows(self, batch_size, rank=0, ranks=1):
         """Iterator of (tokens int64 [b, T+1+n_mtp], valid bool, same shape), b <= batch_size: the validation stream in
         windows of T that begin every eval_stride tokens (0: every T). valid marks the tokens that are there to be
         predicted. The main model's are in columns 1..T, and every token of the stream but the first is so once: where
-        windows overlap, in the first that holds it, with the most context. Padding is id 0."""
+        windows overlap, in the first that holds it, with the most context. Padding is id 0. Ranks take batches in turn,
+        each as many: where they don't come out even, some end with one of which nothing is valid."""
         c, n = self.config, len(self.val)
         T, stride = c.seq_len, c.eval_stride or c.seq_len
         starts = np.arange(0, max(n - 1 - (T - stride), 1), stride)[:, None]
         columns = np.arange(T + 1 + c.n_mtp)
-        for i in range(0, len(starts), batch_size):
-            start = starts[i:i + batch_size]
+        rounds = -(-len(starts) // (batch_size * ranks))
+        for i in range(batch_size * rank, batch_size * ranks * rounds, batch_size * ranks):
+            beyond = i >= len(starts)
+            start = starts[:1] if beyond else starts[i:i + batch_size]
             where = start + columns
             tokens = np.where(where < n, self.val[np.minimum(where, n - 1)], 0).astype(np.int64)
             new = columns > np.where(start > 0, T - stride, 0)
-            yield torch.from_numpy(tokens), torch.from_numpy((where < n) & new)
+            yield torch.from_numpy(tokens), torch.from_numpy((where < n) & new & (not beyond))
 
     def bits_per_byte(self, total_nats):
         """Cross-entropy summed over the validation stream (nats, each eos included) -> bits per byte of its text, which

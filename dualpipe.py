@@ -28,15 +28,17 @@ than its own work. With I = B - W:
               again in 2n-1 I's, and a W: (n-1)(FB + 2I) + 2B, of which the fold's rank works 2n B: (n-1)(F + FB - 2W)
 
 1F1B and ZB1P want M >= P. The last two want that no rank waits anywhere else: in simulation ZB1P for W <= I and W <= F,
-DualPipe for W <= I <= F and B <= FB <= F + B; it is then the largest bubble of the ranks, and every rank's at FB = F+B
-(else those that run more pairs work less). Published is (P/2-1)(FB + B - 3W), the same for I = F and only then. For all
-other durations ask `simulate`. The price: parameters twice, and PP+1 activations on each rank; 1F1B has PP-r on rank r.
+DualPipe for W <= I <= F and a pair that takes as long as either part of it at least, and as both at most. It is then
+the largest bubble of the ranks, and every rank's at FB = F+B (else those that run more pairs work less). Published is
+(P/2-1)(FB + B - 3W), the same for I = F and only then. For all other durations ask `simulate`. The price: parameters
+twice, and PP+1 activations on each rank; 1F1B has PP-r on rank r.
 
 Words: P ranks, r a rank, M micro-batches, n ranks from an end to the fold, m micro-batches per direction; F, B, W, FB,
 p2p durations of a forward, a backward, its W part, a pair, and of sending a tensor to a neighbour.
 """
 import contextlib
 import difflib
+import inspect
 import json
 import math
 import os
@@ -186,6 +188,12 @@ def stage(kind, ranks, rank, dir):
     return rank if dir == 0 else (2 * ranks if kind == "dualpipev" else ranks) - 1 - rank
 
 
+def layout(kind, ranks, rank):
+    """(number of stages, [the stage that the rank runs in each direction])."""
+    dirs = 2 if kind.startswith("dualpipe") else 1
+    return ranks * (2 if kind == "dualpipev" else 1), [stage(kind, ranks, rank, dir) for dir in range(dirs)]
+
+
 def source(kind, ranks, rank, part, dir):
     """(rank, dir) whose result of the same micro-batch a forward or backward waits for; None: the pipeline's inputs, or
     the loss. Activations of direction 0 go up in rank, its gradients down; direction 1 is the opposite."""
@@ -265,6 +273,62 @@ def bubble(kind, ranks, F, B, W, FB):
     return ((ranks if kind == "dualpipev" else ranks // 2) - 1) * (FB + B - 3 * W)
 
 
+# --- a chunk in segments: how a pair hides its communication ----------------------------------------------------------
+#
+# A chunk, one micro-batch in one stage, stops twice in every layer of experts: its tokens travel to the experts' ranks
+# (dispatch), and what the experts made of them travels home (combine). Its backward stops too, in the other order.
+# Alone, a chunk can only wait. But a rank with a forward and a backward to do has two chunks that know nothing of each
+# other: whenever one has sent its tokens off, the other computes. Per layer, as in the report's figure 4:
+#
+#     computes    attention F | experts B, W | experts F  | attention B, W | attention F of the next layer | ...
+#     travels     combine B   | dispatch F   | dispatch B | combine F      | combine B of the layer before | ...
+#
+# In the way stands autograd: a backward is one call, in the midst of which nobody can step aside for another. Hence the
+# cuts. Wherever tokens travel, a graph ends, and the next begins at leaves with the same values. A chunk is then a row
+# of small graphs, attention | experts | attention | experts | ..., and its backward a loop over them, from the last to
+# the first: autograd runs through one, and what has arrived at its leaves, their .grad, is what the one before begins
+# with. Between two there is time to step aside.
+#
+# To stop in the middle and go on later is what Python's generators do. A stage that communicates writes its forward as
+# one, which starts an exchange, yields, and then waits for it; forward and backward of a chunk are generators too, and
+# a pair is two generators that take turns.
+
+class Cut(NamedTuple):
+    """Two lists of the same values, on both sides of a cut."""
+    ends: list                        # places in the graph before; None for what has no gradient
+    leaves: list                      # of the graph after
+
+
+def in_segments(run, cuts):
+    """Run the generator of a stage to its end, and note its cuts. -> what it returns.
+
+    The stage yields everything that it needs later on, and gets back the same with the graph cut off. What it has
+    started before, it waits for after; in backward, what starts when the segment after ends is waited for where the one
+    before begins (moe.Start and moe.Finish are such a couple).
+    """
+    values = None
+    while True:
+        try:
+            before = run.send(values)
+        except StopIteration as end:
+            return end.value
+        yield
+        values = [v.detach().requires_grad_(v.requires_grad) if torch.is_tensor(v) else v for v in before]
+        cuts.append(Cut(ends(before), values))
+
+
+def ends(values):
+    """Their places in the graph, or None. Not the tensors, which are free where no backward reads them."""
+    return [get_gradient_edge(v) if torch.is_tensor(v) and v.requires_grad else None for v in values]
+
+
+def take_turns(runs):
+    """Run generators to their ends: each up to its next yield, and then the next one."""
+    over = object()
+    while runs:
+        runs = [run for run in runs if next(run, over) is not over]
+
+
 # --- the executor -----------------------------------------------------------------------------------------------------
 
 def exchanges(kind, lists):
@@ -295,6 +359,11 @@ def exchanges(kind, lists):
     return plan
 
 
+def trained(modules):
+    """The parameters of some modules, each once."""
+    return [p for p in nn.ModuleList(modules).parameters() if p.requires_grad]
+
+
 class DualPipe:
     """Runs a rank's part of any of the four schedules on torch.distributed (gloo, NCCL).
 
@@ -302,23 +371,36 @@ class DualPipe:
     zb1p, two for the others. A stage maps its input to (output, local loss or None); the first one's inputs, and the
     labels, are a micro-batch of what `step` gets; the outputs of all but the last are tensors like `like`.
     criterion(output, labels) -> the last stage's loss. Losses are summed, never averaged. group: the pipeline's ranks;
-    its timeout ends a rank whose neighbour is gone.
+    its timeout ends a rank whose neighbour is gone. shared: parameters, if any, that belong to the first stage and are
+    used by the last one too: of both ends the same number (V3's embedding, which MTP reads).
+
+    What two ranks hold (`copies`: in dualpipe everything, in 1f1b and zb1p what is shared) has the sum of both
+    gradients after `step`. `owned` are the parameters that this rank counts, in norms and sizes, and writes to
+    checkpoints: each of the model's is owned by one rank, in dualpipe by that which runs its stage in direction 0.
 
     A backward is cut into I and W through the parameters: during an I each of them has a list as `queue`, and the
     autograd functions that know of it (fp8.weight_gradient) put their dW there; W runs the list. All other gradients
     are computed in the I.
+
+    A stage that communicates returns a generator (`in_segments`), and the two of a pair take turns; overlap=False: one
+    after the other, for comparison.
     """
 
-    def __init__(self, kind, stages, criterion, like, group=None):
+    def __init__(self, kind, stages, criterion, like, group=None, shared=(), overlap=True):
         self.kind, self.stages, self.criterion, self.like = kind, list(stages), criterion, like
         self.group = group or dist.group.WORLD
         self.rank, self.ranks = dist.get_rank(self.group), dist.get_world_size(self.group)
-        if len(self.stages) != (2 if kind.startswith("dualpipe") else 1):
-            raise UserError(f"{kind}: {len(self.stages)} stages given to rank {self.rank}, it runs "
-                            f"{2 if kind.startswith('dualpipe') else 1}")
-        # The lower stage first, so that the two ranks that hold the same stages list their parameters in one order.
-        order = sorted(range(len(self.stages)), key=lambda dir: stage(kind, self.ranks, self.rank, dir))
-        self.parameters = [p for p in nn.ModuleList(self.stages[dir] for dir in order).parameters() if p.requires_grad]
+        _, here = layout(kind, self.ranks, self.rank)
+        if len(self.stages) != len(here):
+            raise UserError(f"{kind}: {len(self.stages)} stages given to rank {self.rank}, it runs {len(here)}")
+        # The lower stage first, so that the two ranks that hold the same stages list what they have in one order.
+        self.in_order = [module for _, module in sorted(zip(here, self.stages), key=lambda at: at[0])]
+        self.parameters = trained(self.in_order)
+        self.copies = {"dualpipe": self.parameters, "dualpipev": []}.get(kind, list(shared) if self.ranks > 1 else [])
+        elsewhere = {id(p) for p in shared} if self.rank else ()
+        self.owned = [p for p in trained(self.stages if kind == "dualpipev" else self.stages[:1])
+                      if id(p) not in elsewhere]
+        self.overlap = overlap
         self.plans = {}                                          # (micro-batches, training) -> (steps, exchanges)
 
     def step(self, microbatches, inputs=None, labels=None):
@@ -326,52 +408,44 @@ class DualPipe:
 
         inputs, labels [N, ...]: the whole batch, cut along its first dim; ranks that hold no end of the model may leave
         them out. dualpipe sends the first half in at rank 0, the second at the last rank. -> the sum of all losses, a
-        float, on every rank. Gradients are added to .grad; in dualpipe those of the two copies of a stage are summed.
+        float, on every rank. Gradients are added to .grad; those of copies are summed.
 
         An exception on one rank is raised on all, as RuntimeError with its rank and message: that rank goes on sending
         zeros, so that nobody waits in vain, and at the end every rank tells how it fared. Gradients are then worthless.
+        (Those that wait for it inside a stage, its experts' other ranks, wait for as long as their group's timeout.)
         """
         check(self.kind, self.ranks, microbatches)
         training = torch.is_grad_enabled()
         self.microbatches, self.batch = microbatches, {"inputs": inputs, "labels": labels}
         self.arrived, self.leaving, self.held, self.late = {}, {}, {}, {}
-        self.sending, self.receiving, loss, error = {}, {}, 0.0, None
+        self.sending, self.receiving, self.loss, error = {}, {}, 0.0, None
         steps, plan = self.plan(microbatches, training)
-        earlier = [p.grad for p in self.parameters]
-        copies = training and self.kind == "dualpipe"
-        if copies:                                               # what they have of earlier batches is summed already
-            for p in self.parameters:
-                p.grad = None
+        copies = self.copies if training else []
+        earlier = [p.grad for p in copies]
+        for p in copies:                                         # what they have of earlier batches is summed already
+            p.grad = None
         for step, exchange in zip(steps, plan):
             self.exchange(exchange)
             for part, dir, mb in step.parts:
                 if (key := (GIVES.get(part), dir, mb)) in self.receiving:
                     self.wait(self.receiving.pop(key))
-            for part, dir, mb in step.parts if error is None else ():
+            if error is None:
                 try:
-                    if part == "F":
-                        loss += self.forward(dir, mb, training)
-                    elif part == "W":
-                        with torch.no_grad():
-                            for weight_gradient in self.late.pop((dir, mb)):
-                                weight_gradient()
-                    else:
-                        self.backward(part, dir, mb)
+                    self.run(step)
                 except Exception as e:
                     error = e
         self.exchange(plan[-1])
         reports = [None] * self.ranks
         told = error and f"rank {self.rank}, {type(error).__name__}: {error}"
         with self.reaching("another"):
-            dist.all_gather_object(reports, (told, float(loss)), group=self.group)
+            dist.all_gather_object(reports, (told, float(self.loss)), group=self.group)
         if told := "; ".join(told for told, _ in reports if told):
             raise RuntimeError(told) from error
-        if copies:
-            for p in self.parameters:
-                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            self.sum_copies([p.grad for p in self.parameters])
-            for p, grad in zip(self.parameters, earlier):
-                p.grad = p.grad if grad is None else grad.add_(p.grad)
+        for p in copies:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        self.sum_copies([p.grad for p in copies])
+        for p, grad in zip(copies, earlier):
+            p.grad = p.grad if grad is None else grad.add_(p.grad)
         return sum(loss for _, loss in reports)
 
     def plan(self, microbatches, training):
@@ -385,8 +459,8 @@ class DualPipe:
         return self.plans[key]
 
     def sum_copies(self, tensors):
-        """In dualpipe: add to each tensor, in place, the one of the rank that holds the same stages, both giving theirs
-        in the same order."""
+        """Add to each tensor, in place, that of the rank with the copies (P-1-r). Both give theirs in the same order:
+        with buffers of the stages, that of `in_order`."""
         other = [torch.empty_like(t) for t in tensors]
         ops = [dist.P2POp(op, t, group=self.group, group_peer=self.ranks - 1 - self.rank, tag=tag)
                for tag, pair in enumerate(zip(tensors, other)) for op, t in zip((dist.isend, dist.irecv), pair)]
@@ -407,39 +481,72 @@ class DualPipe:
         at = size * (mb + (self.microbatches // 2 if self.kind == "dualpipe" and dir else 0))
         return batch[at:at + size]
 
-    def forward(self, dir, mb, training):
-        """Run a stage, leave its output for the next one and what its backward begins with; returns its loss."""
-        x = self.arrived.pop(("F", dir, mb), None)
+    def run(self, step):
+        """A step of the schedule. The backward of a pair goes first: the gradients that it sends off at once travel
+        while the forward computes its first attention."""
+        kinds = {"F": self.forward, "B": self.backward, "I": self.backward, "W": self.weights}
+        runs = [kinds[part](part, dir, mb) for part, dir, mb in reversed(step.parts)]
+        for together in [runs] if self.overlap else ([run] for run in runs):
+            take_turns(together)
+
+    def forward(self, _, dir, mb):
+        """Run a stage, leave its output for the next one, and keep what its backward begins with."""
+        x, training, cuts = self.arrived.pop(("F", dir, mb), None), torch.is_grad_enabled(), []
         x = self.micro_batch("inputs", dir, mb) if x is None else x.requires_grad_(training)
-        y, loss = self.stages[dir](x)
+        out = self.stages[dir](x)
+        y, loss = (yield from in_segments(out, cuts)) if inspect.isgenerator(out) else out
         if source(self.kind, self.ranks, self.rank, "B", dir) is None:
             last = self.criterion(y, self.micro_batch("labels", dir, mb))
-            loss, roots = last if loss is None else last + loss, []
+            loss, y = last if loss is None else last + loss, None
         else:
             if (y.shape, y.dtype) != (self.like.shape, self.like.dtype):
                 raise UserError(f"a stage returned {y.dtype} {list(y.shape)}, but the pipeline was made for "
                                 f"{self.like.dtype} {list(self.like.shape)}")
             self.give("F", dir, mb, y.detach())
-            # The place in the graph, not the tensor: once sent it is free, unless the stage's own backward reads it.
-            roots = [get_gradient_edge(y)] if training else []
+        self.loss += 0.0 if loss is None else loss.detach()
         if training:
-            self.held[dir, mb] = x, roots + ([] if loss is None else [loss])
-        return 0.0 if loss is None else loss.detach()
+            self.held[dir, mb] = x, ends([y, loss]), None if loss is None else torch.ones_like(loss), cuts
 
     def backward(self, part, dir, mb):
-        x, roots = self.held.pop((dir, mb))
-        dy = self.arrived.pop(("B", dir, mb), None)                              # None: the last stage has its loss
-        put_off = self.parameters if part == "I" else []
-        if part == "I":
-            self.late[dir, mb] = []
+        """From a chunk's last segment to its first. The W's wait in `late`: in an I for their own step, in a B until
+        something travels. (Without cuts nothing does, and each dW is computed in its place.)"""
+        x, roots, one, cuts = self.held.pop((dir, mb))
+        late = deque()
+        queue = late if part == "I" or cuts else None
+        self.differentiate(roots, [self.arrived.pop(("B", dir, mb), None), one], queue)
+        while cuts:
+            if part == "B":
+                self.work_off(late)
+            yield
+            places, segment = cuts.pop()
+            self.differentiate(places, [getattr(leaf, "grad", None) for leaf in segment], queue)
+        self.give("B", dir, mb, x.grad)
+        if part == "B":
+            self.work_off(late)
+        else:
+            self.late[dir, mb] = late
+
+    def weights(self, _, dir, mb):
+        self.work_off(self.late.pop((dir, mb)))
+        yield from ()                                                            # a generator, as the other two
+
+    @torch.no_grad()
+    def work_off(self, late):
+        while late:
+            late.popleft()()
+
+    def differentiate(self, ends, grads, queue):
+        """The backward of a segment from those ends that have a gradient; each dW goes to `queue`, or with None to its
+        place."""
+        pairs = [(end, grad) for end, grad in zip(ends, grads) if end is not None and grad is not None]
+        put_off = self.parameters if queue is not None else []
         for p in put_off:
-            p.queue = self.late[dir, mb]
+            p.queue = queue
         try:
-            torch.autograd.backward(roots, [dy, None][:len(roots)])              # dy for the output, 1 for a loss
+            torch.autograd.backward(*zip(*pairs))
         finally:
             for p in put_off:
                 del p.queue
-        self.give("B", dir, mb, x.grad)
 
     def give(self, part, dir, mb, tensor):
         """Leave a result for the next stage: to be sent, or here at the fold."""

@@ -19,10 +19,12 @@ The last chapter gives every tensor its official name, for Hugging Face folders 
 
 Shapes: B batch, T tokens, N = B*T, D dim, V vocabulary.
 """
+import itertools
 import json
 import os
 import shutil
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -110,6 +112,19 @@ class Block(nn.Module):
     def combine(self, h, here, rows, sent):
         return h + self.ffn.combine(here, rows, sent)
 
+    def segments(self, x, rope, run):
+        """forward as a generator for a pipeline (dualpipe.in_segments): while tokens travel to and from the experts of
+        other ranks it yields, and what it needs afterwards goes through the yield. run: as V3.run; it recomputes
+        attention, and not the experts, whose tokens would have to travel again."""
+        if not getattr(self.ffn, "ranks", None):
+            return run(self, x, rope)
+        h, x = run(self.attention, x, rope)
+        rows, sent = self.dispatch(x)
+        h, x, balance, *rows = yield h, x, sent.routing.balance, *rows
+        here, rows = self.experts(x, rows, sent)
+        h, here, balance, *rows = yield h, here, balance, *rows
+        return self.combine(h, here, rows, sent), replace(sent.routing, balance=balance)
+
     def forward(self, x, rope, **cache):
         h, x = self.attention(x, rope, **cache)
         rows, sent = self.dispatch(x)
@@ -153,7 +168,11 @@ class V3(nn.Module):
         self.norm = RMSNorm(c.dim, c.norm_eps)
         self.head = Linear(c.dim, c.vocab_size)
         self.mtp = nn.ModuleList(MTP(c) for _ in range(c.n_mtp))
-        rope = rope_table(c).to(torch.get_default_device())
+        self.finish(initialize)
+
+    def finish(self, initialize):
+        """What the modules need besides themselves: RoPE's table, the recipes of FP8, initial weights."""
+        c, rope = self.config, rope_table(self.config).to(torch.get_default_device())
         self.register_buffer("rope", rope, persistent=False)                                # complex64 [context, d_r/2]
         self.converted = fp8.convert(self, c.precision == "fp8_reference") if c.precision.startswith("fp8") else None
         if initialize:
@@ -176,7 +195,7 @@ class V3(nn.Module):
         for module, _ in kept:
             module._buffers.clear()
         super()._apply(fn, recurse)
-        device = self.embed.weight.device
+        device = next(self.parameters()).device
         for module, buffers in kept:
             module._buffers.update({name: torch.empty_like(b, device=device) if b.is_meta else b.to(device)
                                     for name, b in buffers.items()})
@@ -253,23 +272,27 @@ class V3(nn.Module):
         targets = tokens if valid is None else tokens.masked_fill(~valid, -1)
         counts, sequences = totals or target_totals(targets, c.n_mtp)
         h, routings = self.hidden(tokens[:, :T])
-        states = [h]
-        for state, routing in self.draft(h, tokens):
-            states.append(state)
-            routings += [routing] if routing else []
-        head = self.head.weight if torch.is_grad_enabled() else self.head.weight.detach()     # evaluation: no gradients
-        if c.bf16_head and torch.is_grad_enabled() and backend.fast_bf16(h.device):
-            states = [h.to(torch.bfloat16) for h in states]             # the largest products of a small model
-        losses = [CrossEntropy.apply(h.flatten(0, 1), head, targets[:, k + 1:T + k + 1].flatten()) / max(n, 1)
-                  for k, (h, n) in enumerate(zip(states, counts))]
-        main, mtp = losses[0], sum(losses[1:]) / max(c.n_mtp, 1)
-        balance = sum(r.balance for r in routings) / sequences
-        if self.training:
-            for gate, routing in zip(self.gates(), routings):
-                gate.load += routing.load
-        balance = c.balance_alpha * balance
+        drafts = self.draft(h, tokens)
+        main, *mtp = self.cross_entropies([h, *(state for state, _ in drafts)], targets, counts)
+        mtp = sum(mtp) / max(c.n_mtp, 1)
+        balance = self.balance(self.gates(), routings + [r for _, r in drafts if r], sequences)
         parts = {"loss": main, "mtp_loss": mtp, "balance_loss": balance}
         return main + mtp_weight * mtp + balance, {name: torch.as_tensor(part).detach() for name, part in parts.items()}
+
+    def cross_entropies(self, states, targets, counts):
+        """For the main model and each MTP depth: states [B, T, D], against targets [B, > T], over its count of them."""
+        T = states[0].shape[1]
+        head = self.head.weight if torch.is_grad_enabled() else self.head.weight.detach()     # evaluation: no gradients
+        if self.config.bf16_head and torch.is_grad_enabled() and backend.fast_bf16(head.device):
+            states = [h.to(torch.bfloat16) for h in states]             # the largest products of a small model
+        return [CrossEntropy.apply(h.flatten(0, 1), head, targets[:, k + 1:T + k + 1].flatten()) / max(n, 1)
+                for k, (h, n) in enumerate(zip(states, counts))]
+
+    def balance(self, gates, routings, sequences):
+        """The balance loss of some layers; while training their gates count what they routed."""
+        for gate, routing in zip(gates, routings) if self.training else ():
+            gate.load += routing.load
+        return self.config.balance_alpha * sum(r.balance for r in routings) / sequences
 
     def gates(self):
         """The gates of all MoE layers, the MTP modules' last."""
@@ -299,27 +322,139 @@ def target_totals(targets, n_mtp):
     return [int((targets[:, k + 1:T + k + 1] >= 0).sum()) for k in range(n_mtp + 1)], len(targets)
 
 
+# --- V3 in the stages of a pipeline -----------------------------------------------------------------------------------
+
+class Stage(V3):
+    """The part of a V3 that a rank of a pipeline runs (dualpipe.py): some layers; in the first stage the embedding, in
+    the last the final norm, the head and MTP. Every tensor has the name that it has in V3, and so its initial value and
+    its official name.
+
+    The first stage takes tokens int64 [B, > seq_len], the others x [B, T, D]; all are generators, to be cut where
+    tokens travel, and return ([B, T, D], their balance loss or None). `criterion` makes the last one's output a loss.
+    Before each optimizer step: `begin`. MTP's block, in the criterion, is not cut: its exchanges hide behind nothing.
+    """
+
+    def __init__(self, config, layers, first, last, initialize=True):
+        nn.Module.__init__(self)
+        c, self.first, self.last = config, first, last
+        self.config = c
+        if first or last and c.n_mtp:
+            self.embed = nn.Embedding(c.vocab_size, c.dim)
+        self.layers = nn.ModuleDict({str(i): Block(c, dense=i < c.n_dense_layers) for i in layers})
+        if last:
+            self.norm = RMSNorm(c.dim, c.norm_eps)
+            self.head = Linear(c.dim, c.vocab_size)
+        self.mtp = nn.ModuleList(MTP(c) for _ in range(c.n_mtp if last else 0))
+        self.finish(initialize)
+
+    def begin(self, totals, mtp_weight=None):
+        """Tell what the whole optimizer step divides its losses by (V3.loss), and start `parts`, its losses, anew."""
+        self.totals, self.mtp_weight = totals, self.config.mtp_weight if mtp_weight is None else mtp_weight
+        self.parts = {"loss": 0.0, "mtp_loss": 0.0, "balance_loss": 0.0}
+
+    def note(self, **parts):
+        for name, part in parts.items():
+            self.parts[name] = self.parts[name] + torch.as_tensor(part).detach()
+
+    def like(self, sequences):
+        """A tensor like those that pass from stage to stage, for micro-batches of so many sequences."""
+        c, weight = self.config, next(self.parameters())
+        dtype = weight.dtype if c.precision == "fp32" else torch.bfloat16
+        return torch.empty(sequences, c.seq_len, c.dim, dtype=dtype, device=weight.device)
+
+    def gates(self):
+        blocks = [*self.layers.values(), *(m.block for m in self.mtp)]
+        return [b.ffn.gate for b in blocks if isinstance(b.ffn, MoE)]
+
+    def forward(self, x):
+        x, routings = self.embedding(x[:, :self.config.seq_len]) if self.first else x, []
+        for block in self.layers.values():
+            x, routing = yield from block.segments(x, self.rope[:x.shape[1]], self.run)
+            routings += [routing] if routing else []
+        balance = self.balance(self.gates(), routings, self.totals[1]) if routings and self.training else None
+        if balance is not None:
+            self.note(balance_loss=balance)
+        return self.norm(x) if self.last else x, balance
+
+    def criterion(self, h, labels):
+        """The loss of states h [B, T, D] after the final norm. labels int64 [B, T+1+n_mtp]: the tokens, written as
+        ~token where one is no target: MTP reads it all the same. In evaluation the main model's loss alone."""
+        c, (counts, sequences) = self.config, self.totals
+        drafts = self.draft(h, torch.where(labels < 0, ~labels, labels)) if self.training else []
+        main, *mtp = self.cross_entropies([h, *(state for state, _ in drafts)], labels, counts)
+        mtp = sum(mtp) / max(c.n_mtp, 1)
+        routings = [routing for _, routing in drafts if routing]
+        balance = self.balance(self.gates()[-len(routings):], routings, sequences) if routings else 0.0
+        self.note(loss=main, mtp_loss=mtp, balance_loss=balance)
+        return main + self.mtp_weight * mtp + balance
+
+
+def stages(config, count, mine, initialize=True):
+    """[Stage]: those with the numbers `mine` of a V3 cut into `count` stages (dualpipe.layout gives both numbers).
+
+    Where the first and the last are both here, as in DualPipe, they share the embedding, which MTP reads; elsewhere
+    (1F1B) both ends hold one, and the pipeline adds their gradients (`shared`). UserError if the layers are too few.
+    """
+    cuts = balanced(config, count)
+    out = {i: Stage(config, range(*cuts[i:i + 2]), i == 0, i == count - 1, initialize) for i in mine}
+    if config.n_mtp and count - 1 in out and 0 in out:
+        out[count - 1].embed = out[0].embed
+    return [out[i] for i in mine]
+
+
+def shared(stages):
+    """What the last stage of these, or of a pipeline's other end, uses of the first: DualPipe wants to know."""
+    return list({s.embed.weight: None for s in stages if s.config.n_mtp and (s.first or s.last)})
+
+
+def balanced(config, count, a=None):
+    """[0, ..., n_layers], where to cut the layers so that the costliest of `count` stages costs least (and, among such
+    cuts, the squares of the costs add up to least). The last stage also computes the head and MTP, which in V3 is the
+    work of four layers; it alone may have no layer of its own. a: arithmetic(config), where it is known."""
+    n, a = config.n_layers, a or arithmetic(config)
+    if count > n + 1:
+        raise UserError(f"n_layers = {n} is too few for {count} stages of a pipeline; give a smaller --pp")
+    before = [0.0, *itertools.accumulate(a["layers"][:n])]                     # the cost of the layers before each
+    end = sum(a["layers"][n:]) + a["end"]
+
+    def with_stage(best, start, cost):
+        (most, squares), cuts = best
+        return (max(most, cost), squares + cost ** 2), [*cuts, start]
+
+    best = {0: ((0.0, 0.0), [])}              # of the first stages, up to a layer: (costs, where each one starts)
+    for s in range(1, count):
+        best = {stop: min(with_stage(best[start], start, before[stop] - before[start])
+                          for start in best if start < stop) for stop in range(s, n + 1)}
+    return min(with_stage(best[start], start, before[n] - before[start] + end) for start in best)[1] + [n]
+
+
 # --- arithmetic -------------------------------------------------------------------------------------------------------
 
 def arithmetic(c):
     """What a Config costs, counted on the meta device: a dict of
     total (parameters of the main model), active (those that work on one token, embedding and head included), mtp (the
     MTP modules' own), flops (training FLOPs per token: forward and backward, MTP included, attention at the mean causal
-    length), cache_bytes (latent cache per token in BF16), fp8 (parameters whose products are converted), converted
-    (what fp8.convert said, or None)."""
+    length), layers and end (those of each layer, the MTP modules' last, and those of the head with the final norm),
+    attention (those of a layer's attention), sizes ({official name: numbers in it}),
+    cache_bytes (latent cache per token in BF16), fp8 (parameters whose products are converted), converted (what
+    fp8.convert said, or None)."""
     with torch.device("meta"):
         v3 = V3(c)
     sizes = {name: tensor.numel() for name, tensor in official_tensors(v3).items() if not name.endswith("_bias")}
     moe_share = c.n_activated_experts / c.n_routed_experts
     own = lambda name: layer_of(name) < c.n_layers
     work = {name: n * (moe_share if ".mlp.experts." in name else 1) for name, n in sizes.items()}
-    embed, head = sizes["model.embed_tokens.weight"], sizes["lm_head.weight"]
-    active = sum(n for name, n in work.items() if own(name))
-    mtp_active = sum(n for name, n in work.items() if not own(name))
-    products = active - embed + mtp_active + c.n_mtp * head           # a lookup is no product; the head works per depth
-    attention = 2 * c.n_heads * (c.qk_head_dim + c.v_head_dim) * (c.seq_len + 1) / 2 * (c.n_layers + c.n_mtp)
-    return {"total": sum(n for name, n in sizes.items() if own(name)), "active": round(active),
-            "mtp": sum(n for name, n in sizes.items() if not own(name)), "flops": round(6 * products + 3 * attention),
+    scores = 2 * c.n_heads * (c.qk_head_dim + c.v_head_dim) * (c.seq_len + 1) / 2
+    layers = [3 * scores + 6 * sum(n for name, n in work.items() if layer_of(name) == layer)
+              for layer in range(c.n_layers + c.n_mtp)]
+    attention = 3 * scores + 6 * sum(n for name, n in work.items() if name.startswith("model.layers.0.self_attn."))
+    # An embedding is looked up, which is no product; the head works for every depth.
+    end = 6 * (sizes["model.norm.weight"] + (1 + c.n_mtp) * sizes["lm_head.weight"])
+    return {"total": sum(n for name, n in sizes.items() if own(name)),
+            "active": round(sum(n for name, n in work.items() if own(name))),
+            "mtp": sum(n for name, n in sizes.items() if not own(name)),
+            "flops": round(sum(layers) + end), "layers": layers, "end": end,
+            "attention": attention, "sizes": sizes,
             "cache_bytes": (c.kv_lora_rank + c.qk_rope_head_dim) * c.n_layers * 2, "converted": v3.converted,
             "fp8": sum(p.numel() for m in v3.modules() if getattr(m, "recipe", None) for p in m.parameters(False))}
 
@@ -365,7 +500,9 @@ def official_index(v3):
                 else {"down_proj": slice(None)}
             for piece, rows in pieces.items():
                 if tensor.ndim == 3:                                                           # [E, out, in]
-                    index.update({f"{name}experts.{e}.{piece}.weight": (ours, (e, rows)) for e in range(len(tensor))})
+                    first = v3.get_submodule(ours.rpartition(".")[0]).first
+                    index.update({f"{name}experts.{first + e}.{piece}.weight": (ours, (e, rows))
+                                  for e in range(len(tensor))})
                 else:
                     index[f"{name}{piece}.weight"] = ours, (rows,)
     return index

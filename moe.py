@@ -23,20 +23,24 @@ Dataflow of one layer, N = B*T tokens, R = N*K rows, each row one (token, chosen
 
 The gather copies each token to its K rows and the sum adds up the K rows of each token: each is the other's transpose,
 and so each is the other's backward. The gate weight is multiplied in between, on the hidden activation of the expert,
-which is exact because the second product is linear: so both are pure movement of rows.
+which is exact because the second product is linear: so both are pure movement of rows. On many ranks the same happens
+once more around it: a token is copied to the ranks of its experts, and their sums are added up (expert parallelism).
 
 Shapes: B batch, T tokens, N = B*T, D dim, F moe_inter_dim, E routed experts, K active experts, R = N*K rows.
 """
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
 import backend
+from configs import UserError
 from experts import routed_triton
-from fp8 import Linear, Products, SwiGLU, busy, linear_triton, weight_gradient
+from fp8 import Linear, Products, Quantized, SwiGLU, bits, busy, linear_triton, quantize, weight_gradient
 
 if backend.has_triton():
     import triton
@@ -516,6 +520,233 @@ def experts(x, indices, weights, w13, w2, shared=None):
     return pick(x, indices, weights, w13, w2, shared)
 
 
+# --- expert parallelism: the same layer on many ranks (section 3.2.2) -------------------------------------------------
+#
+# The experts of V3 are 95% of its weights: each of 64 ranks on 8 nodes holds 4 of a layer's 256, and all hold the gate
+# and the shared expert. Between nodes the network is slow (InfiniBand, 50 GB/s in V3's cluster), inside a node it is
+# fast (NVLink, 160 GB/s). So a token crosses to a node once, however many of its experts are there, to the rank with
+# the same local index; that one hands it on, once to each rank of its node that holds one of its experts:
+#
+#     rank (node a, i) --between--> (node b, i) --inside--> (node b, j): its own experts' weighted sum
+#         sum over the nodes <--between-- sum over the ranks <--inside--'
+#
+# Partial sums come back the same way, added up before they cross again. With 8 experts in at most 4 groups, groups
+# being nodes, that is up to 4 copies between nodes instead of 8. The way there copies rows and the way back sums them:
+# each is the other's transpose. So the backward of dispatch is the way back, and that of combine the way there.
+#
+# No rank has a capacity and no token is dropped. The worst case, every token of all `ep` ranks choosing the experts of
+# one of them, brings that rank ep * N tokens [D], each once, and min(K, E/ep) hidden rows [F] of each.
+
+@dataclass
+class ExpertRanks:
+    """The ranks among which every MoE layer's experts are spread; rank = node * locals + local index."""
+    nodes: int
+    locals: int                               # ranks of one node
+    rank: int                                 # this one
+    between: "dist.ProcessGroup" = None       # the ranks with its local index, one of each node; None: one node
+    inside: "dist.ProcessGroup" = None        # the ranks of its node; None: one rank a node
+    fp8: bool = False                         # dispatch in E4M3, scales powers of two (3.3.3); combine, gradients not
+    bytes_sent: dict = field(default_factory=lambda: {"between": 0, "inside": 0})             # to others than oneself
+
+    def __post_init__(self):
+        # Exchanges run on a thread (and a GPU's stream) of their own, one after the other in the order in which they
+        # are started, which is the same on all ranks. So a pipeline can compute meanwhile, and nobody else waits for
+        # the GPU to say how many rows go where.
+        self.thread = ThreadPoolExecutor(1)
+        self.stream = torch.cuda.Stream() if torch.cuda.is_available() else None
+
+
+def tell(group, counts):
+    """Row p of counts to rank p of a group -> what they tell this one, of the same shape."""
+    if group is None:
+        return counts
+    out = counts.new_empty(counts.shape)       # dense, whatever the strides of counts
+    dist.all_to_all_single(out, counts.contiguous(), group=group)
+    return out
+
+
+def pack(x):
+    """x [N, D] -> its values in E4M3 and, of each 1x128 tile's scale 2^e, the 8 bits of e (UE8M0): uint8."""
+    q = quantize(x, pow2=True)
+    return q.values.view(torch.uint8), (bits(q.scale) >> 23).to(torch.uint8)
+
+
+def unpack(values, exponents, dtype):
+    scale = (exponents.to(torch.int32) << 23).view(torch.float32)
+    return Quantized(values.view(torch.float8_e4m3fn), scale).dequantize().to(dtype)
+
+
+def visits(owner, n):
+    """bool [N, n]: which of 0..n-1 are in each row of owner, int64 [N, K]; what lies outside counts nothing."""
+    at = owner.clamp(-1, n) + 1
+    return torch.zeros(len(at), n + 2, dtype=torch.bool, device=at.device).scatter_(1, at, True)[:, 1:-1]
+
+
+class Hop:
+    """Copies of rows to the ranks of one group, and their sums back: row n goes to each rank that to [n, ranks] names.
+    send, receive: how many rows go to each rank and how many come from it."""
+
+    def __init__(self, ranks, name, to, send, receive):
+        self.ranks, self.name, self.n, self.send, self.receive = ranks, name, len(to), send, receive
+        self.order = torch.nonzero_static(to.t(), size=sum(send))[:, 1]                       # sorted by rank
+
+    def exchange(self, t, send, receive):
+        group, out = getattr(self.ranks, self.name), t.new_empty(sum(receive), *t.shape[1:])
+        others = sum(send) - send[dist.get_rank(group)]
+        self.ranks.bytes_sent[self.name] += others * t.shape[1:].numel() * t.element_size()
+        dist.all_to_all_single(out, t.contiguous(), receive, send, group=group)
+        return out
+
+    def there(self, *tensors):
+        """[n, ...] of each tensor -> [sum(receive), ...]."""
+        return tuple(self.exchange(t.index_select(0, self.order), self.send, self.receive) for t in tensors)
+
+    def back(self, *tensors):
+        """[sum(receive), ...] of each tensor -> [n, ...], the sum of what comes back for each row."""
+        return tuple(self.sum(self.exchange(t, self.receive, self.send)) for t in tensors)
+
+    def sum(self, copies):
+        high = torch.promote_types(copies.dtype, torch.float32)
+        out = torch.zeros(self.n, *copies.shape[1:], dtype=high, device=copies.device)
+        for rows, part in zip(self.order.split(self.send), copies.split(self.send)):
+            out[rows] += part                 # of one rank, so each row once; and the ranks always in the same order
+        return out.to(copies.dtype)
+
+
+class Sent:
+    """Where the tokens of a micro-batch went, and their ways there and back. Without ranks they stay where they are.
+
+    indices: int64 [n, K], the experts of the n tokens that are here now, counted from this rank's first, -1 for those
+    of other ranks; rows: how many are not -1.
+    """
+
+    def __init__(self, routing, ranks=None):
+        self.routing, self.ranks, self.indices, self.rows = routing, ranks, routing.indices, None
+
+    def dispatch(self, x, weights):
+        """This rank's tokens [N, D] and their gate weights [N, K] -> those [n, D], [n, K] that its experts work for."""
+        ranks, nodes, locals = self.ranks, self.ranks.nodes, self.ranks.locals
+        each = self.routing.n_experts // (nodes * locals)
+        owner = self.indices // each                                                          # [N, K]: a rank
+        to = visits(owner, nodes * locals).unflatten(1, (nodes, locals))
+        leave, arrive, on, come, (self.rows,) = self.sizes(to, count(owner, nodes * locals))
+        message, self.hops = (*(pack(x) if ranks.fp8 else (x,)), weights, self.indices.to(torch.int32)), []
+        if ranks.between:
+            self.hops.append(Hop(ranks, "between", to.any(2), leave, arrive))
+            message = self.hops[-1].there(*message)
+        if ranks.inside:
+            to = visits(message[-1] // each - ranks.rank // locals * locals, locals)
+            self.hops.append(Hop(ranks, "inside", to, on, come))
+            message = self.hops[-1].there(*message)
+        *tokens, weights, indices = message
+        indices = indices.to(torch.int64) - ranks.rank * each
+        self.indices = indices.masked_fill((indices < 0) | (indices >= each), -1)
+        return unpack(*tokens, x.dtype) if ranks.fp8 else tokens[0], weights
+
+    def sizes(self, to, pairs):
+        """to [N, nodes, locals], the ranks of each token; pairs [ranks], the (token, expert) pairs of each rank -> how
+        many rows leave for each node, how many arrive from it, how many go on to each rank of this node, how many come
+        from it, and with how many pairs: lists. One wait for the GPU: a rank is told beforehand what it will hand on.
+        """
+        ranks, (nodes, locals) = self.ranks, to.shape[1:]
+        leaving = torch.cat([to.any(2).sum(0)[:, None], to.sum(0), pairs.view(nodes, locals)], 1)
+        arriving = tell(ranks.between, leaving)                                               # [nodes, 1 + 2 locals]
+        onward = arriving[:, 1:].sum(0).view(2, locals).t()                                   # [locals, 2]
+        coming = tell(ranks.inside, onward)
+        sizes = torch.cat([leaving[:, 0], arriving[:, 0], onward[:, 0], coming[:, 0], coming[:, 1:].sum(0)])
+        return [part.tolist() for part in sizes.cpu().split([nodes, nodes, locals, locals, 1])]
+
+    def there(self, *tensors):
+        for hop in self.hops:
+            tensors = hop.there(*tensors)
+        return tensors
+
+    def back(self, *tensors):
+        for hop in reversed(self.hops):
+            tensors = hop.back(*tensors)
+        return tensors
+
+    # An exchange is under way between `start` and `finish`. Where they are in two parts of the layer, all that is
+    # computed between the two hides it. What stands for it meanwhile is a tensor of no size, which ties their autograd
+    # functions together: the backward of `finish` starts the exchange of the gradients, the transpose of the way, and
+    # the backward of `start` waits for it.
+
+    def start(self, way, *tensors):
+        """Begin Sent.dispatch, there or back with some tensors."""
+        return (Start.apply(self, way, *tensors),) if self.ranks else tensors
+
+    def finish(self, transpose, tensors):
+        """What `start` gave -> what has come; transpose: the way of the gradients."""
+        return Finish.apply(self, transpose, *tensors) if self.ranks else tensors
+
+    def begin(self, way, tensors):
+        stream = self.ranks.stream
+        ready = torch.cuda.current_stream().record_event() if stream else None
+
+        def run():
+            with torch.no_grad(), torch.cuda.stream(stream):                                  # None: no stream
+                if not stream:
+                    return way(self, *tensors), None
+                stream.wait_event(ready)
+                for t in tensors:
+                    t.record_stream(stream)   # freed by its owner, it must outlive this
+                return way(self, *tensors), stream.record_event()
+
+        self.under_way = self.ranks.thread.submit(run)
+
+    def end(self):
+        (tensors, done), self.under_way = self.under_way.result(), None
+        if done:
+            torch.cuda.current_stream().wait_event(done)
+            for t in (*tensors, self.indices):
+                t.record_stream(torch.cuda.current_stream())
+        return tensors
+
+
+class Start(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, sent, way, *tensors):
+        ctx.sent = sent
+        sent.begin(way, tensors)
+        return tensors[0].new_empty(0)
+
+    @staticmethod
+    def backward(ctx, _):
+        return None, None, *ctx.sent.end()
+
+
+class Finish(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, sent, transpose, token):
+        ctx.sent, ctx.transpose = sent, transpose
+        ctx.save_for_backward(token)
+        return sent.end()
+
+    @staticmethod
+    def backward(ctx, *grads):
+        ctx.sent.begin(ctx.transpose, grads)
+        return None, None, *ctx.saved_tensors
+
+
+def spread(model, ranks):
+    """Leave each MoE layer of a model (or a MoE) its share of experts, E/ep from rank * E/ep on, and tell it the ranks
+    that hold the others. UserError where experts, groups and ranks don't match."""
+    ep = ranks.nodes * ranks.locals
+    for moe in (m for m in model.modules() if isinstance(m, MoE)):
+        E, groups, limited = len(moe.w13), moe.gate.groups, moe.gate.limited
+        if E % ep:
+            raise UserError(f"n_routed_experts = {E} can't be spread evenly over ep = {ep} ranks; give an --ep that "
+                            f"divides it")
+        if limited < groups and groups % ranks.nodes:
+            raise UserError(f"n_expert_groups = {groups} can't be spread evenly over {ranks.nodes} nodes, and a token "
+                            f"is limited to {limited} groups so that it visits few nodes; give --nodes that divide it")
+        if ep > 1:
+            moe.ranks, moe.first = ranks, ranks.rank * (E // ep)
+            for name in ("w13", "w2"):
+                weight = getattr(moe, name).detach()
+                setattr(moe, name, nn.Parameter(weight[moe.first:moe.first + E // ep].clone()))
+
+
 # --- the layers: a dense FFN and a mixture, in the same three parts ---------------------------------------------------
 
 class FFN(nn.Module):
@@ -540,18 +771,12 @@ class FFN(nn.Module):
         return here
 
 
-@dataclass
-class Sent:
-    """What dispatch knows and the other two parts need."""
-    routing: Routing
-
-
 class MoE(nn.Module):
     """One MoE layer, from a Config: x [B, T, D] -> (output [B, T, D] without the residual, Routing).
 
     In three parts, communication, arithmetic, communication, so that a pipeline can hide the movement of one
-    micro-batch behind the arithmetic of another. All that one part hands to the next and that has a gradient is in its
-    `rows` and `here`.
+    micro-batch behind the arithmetic of another: an exchange that a part starts, forward or backward, is waited for in
+    the next one. All that a part hands to the next and that has a gradient is in `rows` and `here`.
     """
 
     def __init__(self, c):
@@ -562,27 +787,33 @@ class MoE(nn.Module):
         self.w2 = nn.Parameter(torch.empty(E, D, F_))
         self.shared = FFN(D, c.n_shared_experts * F_) if c.n_shared_experts else None
         self.recipe = None                    # a fp8.Recipe: the routed experts in FP8
+        self.ranks, self.first = None, 0      # an ExpertRanks, and which of all experts is this rank's first (spread)
 
     def dispatch(self, x):
-        """x [B, T, D] -> rows, Sent. rows: (the tokens [N, D], their weights [N, K])."""
+        """x [B, T, D] -> rows, Sent. rows: (tokens [N, D], their weights [N, K]), or what stands for them."""
         routing = self.gate(x)
-        return (x.flatten(0, 1), routing.weights), Sent(routing)
+        sent = Sent(routing, self.ranks)
+        return sent.start(Sent.dispatch, x.flatten(0, 1), routing.weights), sent
 
     def experts(self, x, rows, sent):
-        """here: the shared experts on this rank's tokens [B, T, D]; rows: the weighted sum of each token's routed ones
-        [N, D], or None where few tokens were better done together."""
-        tokens, weights = rows
-        indices = sent.routing.indices
-        copied = indices.numel() * (self.w13[0].numel() + self.w2[0].numel())
-        if backend.use_decode_kernels(x, MAX_TOKENS) or backend.use_copied_experts(x, copied):
+        """here: the shared experts on this rank's tokens [B, T, D]; rows: (for each of them the weighted sum of the
+        routed ones [N, D],), or what stands for it, or None where few tokens were better done together."""
+        tokens, weights = sent.finish(Sent.back, rows)
+        copied = weights.numel() * (self.w13[0].numel() + self.w2[0].numel())
+        few = backend.use_decode_kernels(x, MAX_TOKENS) or backend.use_copied_experts(x, copied)
+        if few and not self.ranks:
             shared = (self.shared.w13.weight, self.shared.w2.weight) if self.shared else None
-            return experts(tokens, indices, weights, self.w13, self.w2, shared).view_as(x), None
-        here = self.shared(x) if self.shared else 0
-        return here, routed(tokens, indices, weights, self.w13, self.w2, self.recipe)
+            return experts(tokens, sent.indices, weights, self.w13, self.w2, shared).view_as(x), None
+        out = routed(tokens, sent.indices, weights, self.w13, self.w2, self.recipe, sent.rows)
+        rows = sent.start(Sent.back, out)
+        return self.shared(x) if self.shared else 0, rows
 
     def combine(self, here, rows, sent):
         """here + the routed experts: [B, T, D]."""
-        return here if rows is None else here + rows.unflatten(0, sent.routing.shape)
+        if rows is None:
+            return here
+        out, = sent.finish(Sent.there, rows)
+        return here + out.unflatten(0, sent.routing.shape)
 
     def forward(self, x):
         rows, sent = self.dispatch(x)

@@ -7,6 +7,11 @@ One optimizer step sees batch_size sequences, in micro-batches of micro_batch_si
 step's global counts, so any cut into micro-batches gives the same gradient. The data of a step are a pure function of
 (config, step) and the initial weights of (seed, name), so a run that was killed and resumed passes through the same
 bits as one that was not (on a CPU; a GPU's atomics may reorder sums).
+
+    torchrun --nproc-per-node=4 train.py config/tiny.py --ep=2
+
+runs the same story on many ranks: each takes its part of every batch, and parallel.py says who sums what with whom. A
+process on its own is a rank whose sums have one term.
 """
 import dataclasses
 import json
@@ -21,12 +26,14 @@ from pathlib import Path
 import torch
 
 import backend
+import cluster
 import configs
 import parallel
+import ranks
 from configs import MACHINE_FIELDS, UserError
 from data import Data, batch_size_at, special, tokenizer_json
 from fp8 import AdamW
-from model import V3, CrossEntropy, arithmetic, config_from_hf, from_hf, official_tensors
+from model import CrossEntropy, arithmetic, config_from_hf, official_tensors
 from moe import max_vio
 
 MAX_SKIPS = 5                                      # non-finite steps in a row before the run gives up
@@ -83,6 +90,7 @@ def plan(c, device, data=None):
     activations = tokens * kept * half + CrossEntropy.ROWS * c.vocab_size * 8
     ramp = min(c.batch_ramp, c.max_steps)
     train_tokens = (sum(batch_size_at(c, s) for s in range(ramp)) + c.batch_size * (c.max_steps - ramp)) * c.seq_len
+    a["tokens"] = train_tokens
     # Per parameter: weight, gradient and two moments; of a converted one W and W^T in FP8 too (on a CPU one copy does).
     a["bytes"] = (8 + 2 * (4 if c.moments == "fp32" else 2)) * everything
     a["bytes"] += a["fp8"] * (2 if backend.fp8_kernels(device)[0] == "Triton" else 1)
@@ -132,10 +140,9 @@ def model_config(c, argv):
     return config_from_hf(c.init_from, **run)
 
 
-def make_optimizer(c, v3):
+def make_optimizer(c, params):
     """AdamW; weight decay on matrices only, embedding and head included, norms not."""
-    moments = torch.bfloat16 if c.moments == "bf16" else None                          # None: as the weight
-    params = list(v3.parameters())
+    moments, params = torch.bfloat16 if c.moments == "bf16" else None, list(params)     # None: as the weight
     groups = [{"params": [p for p in params if p.ndim > 1], "weight_decay": c.weight_decay},
               {"params": [p for p in params if p.ndim == 1], "weight_decay": 0.0}]
     options = dict(lr=c.lr, betas=(c.beta1, c.beta2), eps=1e-8)
@@ -151,28 +158,36 @@ def make_optimizer(c, v3):
     return optimizer
 
 
-def run_tensors(v3, optimizer, ema):
-    """Everything that a checkpoint holds: {name: tensor}, under official names."""
-    tensors = dict(official_tensors(v3))
-    for kind in ("exp_avg", "exp_avg_sq"):
-        moments = {name: optimizer.state[p][kind] for name, p in v3.named_parameters()}
-        tensors |= {f"{kind}/{name}": t for name, t in official_tensors(v3, moments).items()}
-    return tensors | {f"ema/{name}": t for name, t in official_tensors(v3, ema).items()}
+def run_tensors(modules, optimizer, ema, owned=None):
+    """Everything of this rank that a checkpoint holds: {name: tensor}, under official names; or, with the names of the
+    parameters that it owns, what it saves: these, and a gate's bias with the gate's weight."""
+    out = {}
+    for module in modules:
+        named = dict(module.named_parameters())
+        kinds = {"": dict(module.state_dict()), "ema/": {name: ema[name] for name in named if name in ema}}
+        for kind in ("exp_avg", "exp_avg_sq"):
+            kinds[kind + "/"] = {name: optimizer.state[p][kind] for name, p in named.items() if p in optimizer.state}
+        for prefix, tensors in kinds.items():
+            if owned is not None:
+                tensors = {name: t for name, t in tensors.items() if name.replace("gate.bias", "gate.weight") in owned}
+            out |= {prefix + name: t for name, t in official_tensors(module, tensors).items()}
+    return out
 
 
 # --- during the run ---------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def evaluate(v3, data):
+def evaluate(v3, data, mesh):
     """(nats per token, bits per byte) over the whole validation text, in windows of seq_len (eval_stride)."""
     v3.eval()
     T, device, total, count = v3.config.seq_len, v3.embed.weight.device, 0.0, 0
-    for tokens, valid in data.eval_windows(max(1, 16384 // T)):
+    for tokens, valid in data.eval_windows(max(1, 16384 // T), mesh.rank, mesh.world):
         targets = tokens.masked_fill(~valid, -1)[:, 1:T + 1].flatten().to(device)
         h, _ = v3.hidden(tokens[:, :T].to(device))
         total += CrossEntropy.apply(h.flatten(0, 1), v3.head.weight.detach(), targets).item()
         count += int((targets >= 0).sum())
     v3.train()
+    total, count = mesh.total({"nats": total, "tokens": count}).values()
     return total / count, data.bits_per_byte(total)
 
 
@@ -185,7 +200,7 @@ class Interrupt:
         return self
 
     def note(self, number, frame):
-        if self.code:
+        if self.code and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.code = 128 + number                   # 130 and 143
         print(f"\n{signal.Signals(number).name}: saving after this step", flush=True)
@@ -207,12 +222,12 @@ def number(x):
 class Log:
     """metrics.jsonl, one object a line, and the progress line on the terminal."""
 
-    def __init__(self, c, start_step):
+    def __init__(self, c, start_step, rank=0):
         self.path = Path(c.out_dir) / "metrics.jsonl"
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as e:
-            raise UserError(f"--out_dir={c.out_dir}: cannot be made ({e.strerror}); give another") from None
+        self.began, self.shown = time.time(), 0.0
+        if rank:                                   # rank 0 keeps the book
+            self.path = Path(os.devnull)
+            return
         old = self.path.read_text(encoding="utf-8", errors="replace") if start_step and self.path.exists() else ""
         # Later steps will be run again, and so will the last evaluation. A crash may have cut the last line.
         kept = []
@@ -224,8 +239,7 @@ class Log:
             except (ValueError, KeyError, TypeError):                                       # no line of ours, or a part
                 continue
         parallel.write_atomic(self.path, "".join(line + "\n" for line in kept))
-        self.began = time.time() - (json.loads(kept[-1])["time"] if kept else 0)
-        self.shown = 0.0
+        self.began -= json.loads(kept[-1])["time"] if kept else 0
 
     def write(self, **numbers):
         try:
@@ -244,49 +258,71 @@ class Log:
 
 # --- the run ----------------------------------------------------------------------------------------------------------
 
-def main(argv):
+def main(argv, mesh=None):
     if "--help" in argv or "-h" in argv:
         print(__doc__.splitlines()[0], configs.usage("train.py"), sep="\n\n")
         return 0
     if not argv or argv[0].startswith("--"):
         raise UserError("give a config first: python train.py config/tiny.py [--key=value ...]; --help lists the keys")
     c = model_config(configs.load(argv), argv)
-    device = backend.device(c.device)
+    if c.plan and c.world:
+        mesh = parallel.Mesh(world=c.world, nodes=max(1, c.world // cluster.Cluster.per_node))
+    mesh = (mesh or parallel.Mesh()).arrange(c, {batch_size_at(c, step) for step in range(c.batch_ramp + 1)})
+    device = mesh.device(backend.device(c.device))
     backend.keep_freed_memory()
     if c.plan:
-        plan(c, device)
+        tokens = plan(c, device)["tokens"]
+        if mesh.pp > 1:
+            print(cluster.report(c, mesh.pp, mesh.dp, mesh.ep, tokens))
         return 0
     if c.precision == "fp8" and backend.fp8_kernels(device)[0] == "torch":
         raise UserError(f"--precision=fp8: {backend.fp8_kernels(device)[1]}; --precision=fp8_reference computes the "
                         f"same on plain torch, slowly")
     if c.eval_only:
         return eval_only(c)
+    ranks.check(c, mesh)
+    mesh.connect(device)
+    mesh.same("config", dataclasses.asdict(c))
     if c.profile and c.max_steps < 6:
         raise UserError(f"--profile traces steps 4 to 6 of a run, and max_steps = {c.max_steps}; give --max_steps=6")
     have = parallel.checkpoints(c.out_dir)
     if os.path.exists(c.out_dir) and not os.path.isdir(c.out_dir):
         raise UserError(f"{c.out_dir}: a file and not a folder; give another --out_dir")
+    if parallel.restarts():
+        c.resume = bool(have)
     if have and not c.resume:
         raise UserError(f"{c.out_dir}: holds a run, at {have[-1].name}; go on with --resume, or give another --out_dir")
     if c.resume and not have:
         raise UserError(f"--resume: {c.out_dir} has no checkpoint (one comes every {c.save_interval or c.max_steps} "
                         f"steps); leave out --resume to start")
-    newest = have[-1] if c.resume else None
-    if newest:
-        state = parallel.read_state(newest)
-        if not isinstance(state.get("updates"), int) or "source" not in (state.get("data") or {}):
-            raise UserError(f"{newest}/state.json: not a run's, or damaged; remove its folder and go on from the one "
-                            f"before")
-        check_resume(c, state)
+    newest = newest_whole(c, have, mesh) if c.resume else None
     try:
         again = shlex.join(a for a in argv if a.partition("=")[0] not in ("--resume", "--out_dir"))
-        return run(c, device, newest, again)
+        return run(c, device, mesh, newest, again)
     except (MemoryError, RuntimeError) as e:
         if backend.out_of_memory(e):
             raise UserError(f"out of memory: lower --micro_batch_size (now {c.micro_batch_size}; the result stays the "
                             f"same) or set --recompute=True; if the model alone is too large, --dim or --n_layers") \
                 from None
         raise
+
+
+def newest_whole(c, have, mesh):
+    """(folder, state) of the newest of the checkpoints `have` that is not damaged. UserError if there is none, or it is
+    of another run."""
+    for folder in reversed(have):
+        try:
+            state = parallel.checked(folder, mesh)
+            if not isinstance(state.get("updates"), int) or "source" not in (state.get("data") or {}):
+                raise UserError(f"{folder}/state.json: not a run's, or damaged; remove its folder and go on from the "
+                                f"one before")
+        except UserError as e:
+            if folder == have[0]:
+                raise
+            print(f"refused: {e}", flush=True)
+        else:
+            check_resume(c, state)
+            return folder, state
 
 
 def check_resume(c, state):
@@ -306,82 +342,87 @@ def eval_only(c):
     T = min(c.seq_len, v3.config.context)
     v3.config = v3.config.replace(seq_len=T, eval_stride=min(c.eval_stride, T), data=c.data,
                                   tokenizer=str(folder / "tokenizer.json"), fim_rate=c.fim_rate)
-    loss, bpb = evaluate(v3, Data(v3.config))
+    loss, bpb = evaluate(v3, Data(v3.config), parallel.Mesh())
     print(f"{what}: val loss {loss:.4f} nats per token, {bpb:.4f} bits per byte")
     return 0
 
 
-def run(c, device, newest, command):
+def run(c, device, mesh, newest, command):
     # Everything that can be wrong with the input is found here, before the first long work.
-    data = Data(c)
+    data = mesh.one_first(lambda: Data(c))
+    mesh.same("data", data.identity)
     a = plan(c, device, data)
-    if c.init_from and not newest:
-        v3 = from_hf(c.init_from, device, **{f: getattr(c, f) for f in configs.FIELDS if f != "device"})
-    else:
-        with torch.device(device):
-            v3 = V3(c)
-    optimizer = make_optimizer(c, v3)
-    ema = {name: p.detach().to("cpu", copy=True) for name, p in v3.named_parameters()} if c.ema_decay else {}
+    modules, pipe = ranks.build(c, device, mesh, c.init_from and not newest)              # one process: [V3], None
+    shares, counters = ranks.replicas(c, mesh, modules, pipe)
+    gates = [gate for module in modules for gate in module.gates()]
+    optimizer = make_optimizer(c, shares.updated.values())
+    ema = {name: p.detach().to("cpu", copy=True) for name, p in shares.owned.items()} if c.ema_decay else {}
     start, updates = 0, 0
     if newest:
-        state = parallel.load_checkpoint(newest, run_tensors(v3, optimizer, ema))
+        folder, state = newest
+        parallel.load_tensors(folder, state, run_tensors(modules, optimizer, ema))
         if any(state["data"][key] != data.identity[key] for key in ("corpus_sha256", "tokenizer_sha256")):
-            raise UserError(f"--resume: the text or the tokenizer is not that of {newest} (its sha256 differs); give "
+            raise UserError(f"--resume: the text or the tokenizer is not that of {folder} (its sha256 differs); give "
                             f"its --data, "
                             f"{state['data']['source']}, or start another run with --out_dir")
         start, updates = state["step"], state["updates"]
-        for p in v3.parameters():
+        for p in shares.updated.values():
             optimizer.state[p]["step"].fill_(updates)
-        print(f"resumed from {newest} at step {start}")
+        print(f"resumed from {folder} at step {start}")
     if c.compile:
-        for block in [*v3.layers, *(m.block for m in v3.mtp)]:
+        for block in [*modules[0].layers, *(m.block for m in modules[0].mtp)]:
             block.compile()
 
-    log, peak = Log(c, start), backend.peak_flops(device, c.precision)
+    peak = backend.peak_flops(device, c.precision)
     tokenizer = tokenizer_json(data.tokenizer).decode()
     counts = c.n_mtp + 1
-    profiler = profile(c) if c.profile else None
+    profiler = profile(c, mesh) if c.profile else None
 
     def save(step):
-        return parallel.save_checkpoint(c.out_dir, step, run_tensors(v3, optimizer, ema),
-                                        {"config": dataclasses.asdict(c), "data": data.identity, "updates": updates,
-                                         "rng": None, "torch": torch.__version__}, tokenizer)
+        saver.save(step, run_tensors(modules, optimizer, ema, shares.owned),
+                   {"config": dataclasses.asdict(c), "data": data.identity, "updates": updates, "rng": None,
+                    "torch": torch.__version__}, tokenizer)
 
     def report(step):
-        loss, bpb = evaluate(v3, data)
+        loss, bpb = ranks.evaluate(c, pipe, data, mesh) if pipe else evaluate(modules[0], data, mesh)
         log.write(step=step, time=time.time() - log.began, val_loss=loss, val_bpb=bpb)
         xz = data.identity["val_xz_bytes"]
         against = f", {bpb / (8 * xz / data.val_bytes):.3f}x of xz -9e" if xz else ""
         print(f"step {step}: val loss {loss:.4f} nats per token, {bpb:.4f} bits per byte{against}", flush=True)
 
-    v3.train()
     skipped, saved = 0, start
     busy, seen, shown = 0.0, 0, start                                                     # since the last progress line
-    with Interrupt() as interrupt:
+    with parallel.claimed(c.out_dir, mesh), parallel.Saver(c.out_dir, mesh) as saver, Interrupt() as interrupt:
+        log = Log(c, start, mesh.rank)
         for step in range(start, c.max_steps):
-            began = time.time()
+            began, size = time.time(), batch_size_at(c, step)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(c, step)
-            batch = data.batch(step).to(device)                                           # [batch, T+1+n_mtp]
-            totals = [len(batch) * c.seq_len] * counts, len(batch)
+            batch = data.batch(step, mesh.dp_rank, mesh.dp).to(device)                # [size / dp, T+1+n_mtp]
+            totals = [size * c.seq_len] * counts, size
             parts = {"loss": 0.0, "mtp_loss": 0.0, "balance_loss": 0.0}
-            for micro in batch.split(c.micro_batch_size):
-                loss, share = v3.loss(micro, totals=totals, mtp_weight=mtp_weight(c, step))
-                loss.backward()
-                parts = {name: parts[name] + share[name] for name in parts}
-            norm = torch.nn.utils.clip_grad_norm_(v3.parameters(), c.grad_clip or math.inf)
-            parts = {name: float(value) for name, value in parts.items()}
-            norm = float(norm)
-
-            gates = v3.gates()
-            vio = torch.stack([max_vio(g.load) for g in gates]).mean().item() if gates else 0.0
-            if math.isfinite(norm) and all(map(math.isfinite, parts.values())):
+            if pipe:
+                parts = ranks.pipelined(c, pipe, batch, totals, mtp_weight(c, step))
+            else:
+                for micro in batch.split(c.micro_batch_size):
+                    loss, share = modules[0].loss(micro, totals=totals, mtp_weight=mtp_weight(c, step))
+                    loss.backward()
+                    parts = {name: parts[name] + share[name] for name in parts}
+            shares.sum_gradients()
+            norm = shares.clip(c.grad_clip or math.inf, mesh)
+            parallel.add([gate.load for gate in gates], counters)
+            load = {"load": [gate.load.tolist() for gate in gates]} if c.log_load else {}
+            sums = {**parts, "max_vio": sum(max_vio(gate.load) for gate in gates), "gates": len(gates)}
+            sums = mesh.total({name: float(value) for name, value in sums.items()})
+            parts, vio = {name: sums[name] for name in parts}, sums["max_vio"] / max(sums["gates"], 1)
+            if math.isfinite(norm) and all(map(math.isfinite, parts.values())):         # the same answer on every rank
                 optimizer.step()
+                shares.send_updated()
                 skipped, updates = 0, updates + 1
                 for gate in gates:
                     gate.update_bias(bias_update_speed(c, step))
-                for name, p in v3.named_parameters() if ema else ():
-                    ema[name].lerp_(p.detach().cpu(), 1 - c.ema_decay)
+                for name, average in ema.items():
+                    average.lerp_(shares.owned[name].detach().cpu(), 1 - c.ema_decay)
             else:
                 skipped += 1
                 print(f"step {step + 1}: loss {parts['loss']} or gradient norm {norm} is not finite; step skipped "
@@ -391,15 +432,16 @@ def run(c, device, newest, command):
                 if skipped == MAX_SKIPS:
                     raise UserError(f"{MAX_SKIPS} steps in a row were not finite: start again with a lower --lr "
                                     f"(now {c.lr}) and another --out_dir; the last checkpoint is step {saved}")
-            optimizer.zero_grad(set_to_none=True)
+            for module in modules:
+                module.zero_grad(set_to_none=True)
 
             done, spent = step + 1, time.time() - began
-            busy, seen = busy + spent, seen + batch.shape[0] * c.seq_len
+            busy, seen = busy + spent, seen + size * c.seq_len
             log.write(step=done, time=time.time() - log.began, **parts, max_vio=vio, lr=learning_rate(c, step),
-                      grad_norm=norm, tokens_per_s=batch.shape[0] * c.seq_len / spent)
+                      grad_norm=norm, tokens_per_s=size * c.seq_len / spent, **load)
             if log.due() or done == c.max_steps or done == start + 1:
                 speed = seen / busy
-                mfu = f"  MFU {speed * a['flops'] / peak:.1%}" if peak else ""
+                mfu = f"  MFU {speed * a['flops'] / peak / mesh.world:.1%}" if peak else ""
                 left = clock((c.max_steps - done) * busy / (done - shown))
                 print(f"step {done}/{c.max_steps}  loss {parts['loss']:.4f}  mtp {parts['mtp_loss']:.4f}  "
                       f"max_vio {vio:.2f}  {speed:,.0f} tokens/s{mfu}  {left} left", flush=True)
@@ -408,23 +450,31 @@ def run(c, device, newest, command):
                 return 0
             if c.eval_interval and done % c.eval_interval == 0 and done < c.max_steps:
                 report(done)
-            if interrupt.code or c.save_interval and done % c.save_interval == 0 or done == c.max_steps:
-                folder, saved = save(done), done
-            if interrupt.code:
-                print(f"saved {folder}; go on with: python train.py {command} --resume --out_dir={c.out_dir}")
-                return interrupt.code
-    report(c.max_steps)
-    finish(c, v3, data, log)
+            code = int(mesh.most(interrupt.code))                                     # a signal may reach one rank only
+            if code or c.save_interval and done % c.save_interval == 0 or done == c.max_steps:
+                save(done)
+                saved = done
+            if code:
+                break
+        else:
+            report(c.max_steps)
+            code = 0
+    if code:
+        print(f"saved {parallel.latest(c.out_dir)}; go on with: python train.py {command} --resume "
+              f"--out_dir={c.out_dir}")
+        return code
+    finish(c, modules[0], data, log, mesh, device)
     return 0
 
 
-def profile(c):
+def profile(c, mesh):
     """Trace steps 4 to 6 of the run; the returned function is told of each finished step, and says when to leave."""
+    path = os.path.join(c.out_dir, f"trace_{mesh.rank}.json" if mesh.rank else "trace.json")
+
     def ready(p):
-        Path(c.out_dir).mkdir(parents=True, exist_ok=True)
-        p.export_chrome_trace(os.path.join(c.out_dir, "trace.json"))
+        p.export_chrome_trace(path)
         print(p.key_averages().table(sort_by="self_cpu_time_total", row_limit=12))
-        print(f"wrote {c.out_dir}/trace.json: open it in chrome://tracing or Perfetto")
+        print(f"wrote {path}: open it in chrome://tracing or Perfetto")
 
     tracer = torch.profiler.profile(schedule=torch.profiler.schedule(wait=2, warmup=1, active=3, repeat=1),
                                     on_trace_ready=ready, record_shapes=True)
@@ -443,20 +493,23 @@ def profile(c):
 
 # --- after the run ----------------------------------------------------------------------------------------------------
 
-def finish(c, v3, data, log):
+def finish(c, v3, data, log, mesh, device):
     """Measured numbers beside the planned ones, the figure, a sample, and what to try next."""
     import sample
     steps = [json.loads(line) for line in log.path.read_text(encoding="utf-8").splitlines()]
     speeds = sorted(s["tokens_per_s"] for s in steps if "tokens_per_s" in s) or [0]
     print(f"measured: {clock(time.time() - log.began)} in all, {speeds[len(speeds) // 2]:,.0f} tokens/s (median step), "
-          f"peak memory {human(backend.peak_memory(v3.embed.weight.device), 'B')}")
-    figure = draw(log.path)
+          f"peak memory {human(backend.peak_memory(device), 'B')}")
+    figure = draw(log.path) if mesh.rank == 0 else None
     print(f"figure: {figure}" if figure else "no figure: pip install -r requirements-extra.txt brings matplotlib")
     eos = special(data.tokenizer, "eos")
+    if mesh.pp > 1:
+        print(f"next: python sample.py --out_dir={c.out_dir}")
+        return
     v3.eval()
     prompt = "def" if c.data == "stdlib" else ""
     tokens = [eos] + data.tokenizer.encode_ordinary(prompt)
-    generator = torch.Generator(v3.embed.weight.device).manual_seed(c.seed)
+    generator = torch.Generator(device).manual_seed(c.seed)
     if c.context > len(tokens):
         ids = sample.generate(v3, [tokens], min(120, c.context - len(tokens)), generator=generator, eos=eos)[0]
         text = prompt + "".join(map(sample.characters(data.tokenizer), ids))
@@ -491,4 +544,4 @@ def draw(path):
 
 
 if __name__ == "__main__":
-    configs.cli(main)
+    parallel.cli(main)

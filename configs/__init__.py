@@ -80,6 +80,7 @@ class Config:
     decay_start: int = param(0, "step at which the cosine begins; the MTP weight falls to a third here", 0)
     decay_end: int = param(0, "step at which the cosine ends and the bias update stops; 0 = max_steps", 0)
     batch_ramp: int = param(0, "steps over which the batch grows from a fifth to batch_size; 0 = none", 0, 1_000_000)
+    batch_multiple: int = param(1, "batches on the way are multiples of this, so that dp divides them", 1)
     weight_decay: float = param(0.1, "AdamW's decay, on matrices only", 0.0)
     beta1: float = param(0.9, "AdamW's first decay rate", 0.0, 1.0)
     beta2: float = param(0.95, "AdamW's second decay rate", 0.0, 1.0)
@@ -102,6 +103,16 @@ class Config:
     recompute_mla: bool = param(False, "recompute MLA's norms and projections, not its output (section 3.2.3)")
     compile: bool = param(False, "torch.compile the model")
 
+    # --- the ranks: processes that torchrun starts, pp * dp of them (parallel.py) -------------------------------------
+    dp: int = param(0, "ranks that share out each batch; 0 = all there are / pp", 0)
+    pp: int = param(1, "ranks of the pipeline that the layers are cut for", 1)
+    pipeline: str = param("dualpipe", "its schedule (dualpipe.py)", choices=("dualpipe", "dualpipev", "1f1b", "zb1p"))
+    ep: int = param(1, "neighbours among the dp ranks that share out the experts", 1)
+    nodes: int = param(0, "machines that the ranks stand on; 0 = as torchrun says", 0)
+    zero1: bool = param(True, "each of the ranks with the same weights updates a part of them (ZeRO-1)")
+    grad_sum: str = param("fp32", "dtype in which gradients are summed over ranks", choices=("fp32", "bf16"))
+    timeout: int = param(600, "seconds after which a rank that waits for another gives up", 1)
+
     # --- the run ------------------------------------------------------------------------------------------------------
     out_dir: str = param("", "folder of checkpoints and metrics; empty = out/<name of the config file>")
     eval_interval: int = param(250, "steps between evaluations; 0 = only at the end", 0)
@@ -110,8 +121,10 @@ class Config:
     resume: bool = param(False, "go on from the newest checkpoint in out_dir")
     init_from: str = param("", "a Hugging Face folder: continue pre-training from its weights")
     eval_only: str = param("", "a checkpoint or Hugging Face folder: print its loss and bits per byte and leave")
+    log_load: bool = param(False, "write the load of every expert in each step into metrics.jsonl (of rank 0's layers)")
     profile: bool = param(False, "trace a few steps for the torch profiler's viewers, then leave")
     plan: bool = param(False, "print the plan table and leave")
+    world: int = param(0, "--plan for so many ranks", 0)
 
     # Derived numbers that several files need.
     @property
@@ -129,8 +142,10 @@ class Config:
 
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
 # What may differ when a run is resumed: where and how it runs, not what it computes.
-MACHINE_FIELDS = {"micro_batch_size", "device", "compile", "recompute", "recompute_mla", "out_dir", "eval_interval",
-                  "eval_stride", "save_interval", "resume", "init_from", "eval_only", "profile", "plan"}
+MACHINE_FIELDS = {"micro_batch_size", "device", "compile", "recompute", "recompute_mla", "dp", "pp", "pipeline",
+                  "ep", "nodes", "zero1", "timeout", "out_dir", "eval_interval", "eval_stride", "save_interval",
+                  "resume", "init_from", "eval_only", "log_load", "profile", "plan",
+                  "world"}
 
 
 # --- from text to a checked Config ------------------------------------------------------------------------------------
@@ -284,6 +299,8 @@ def check(c, where=None):
         wrong("decay_start", f"is after decay_end = {c.decay_end}")
     if c.min_lr > c.lr:
         wrong("min_lr", f"is more than lr = {c.lr}; give both")
+    if c.batch_size % c.batch_multiple:
+        wrong("batch_multiple", f"does not divide batch_size = {c.batch_size}")
     if c.eval_stride > c.seq_len:
         wrong("eval_stride", f"is more than seq_len = {c.seq_len}: it would leave tokens out")
     if c.compile and c.precision.startswith("fp8"):

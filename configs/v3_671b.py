@@ -29,9 +29,18 @@ init_std = 0.006
 tokenizer = "tokenizer.json"        # the released one, of 128K tokens
 seq_len = 4096
 batch_size = 15360
+batch_multiple = 128                # a ramp in steps that 128 pipelines can share out
 micro_batch_size = 1
-precision = "bf16"                  # V3: FP8 products (section 3.3)
-recompute = True
+precision = "fp8"                   # products (section 3.3)
+moments = "bf16"
+recompute_mla = True
+ema_decay = 0.999
+
+# The ranks (section 3.2): 2048 GPUs, 128 pipelines of 16, experts over 64 GPUs on 8 nodes.
+pp = 16
+ep = 64
+world = 2048
+pipeline = "dualpipev"              # V3: DualPipe; that holds each stage twice, too much for 80 GB with FP32 weights
 
 # Tokens become steps. While the batch grows from 3072 to 15360 sequences, a step holds 9216 * 4096 = 37.7M tokens on
 # average; afterwards 15360 * 4096 = 62.9M.

@@ -306,7 +306,7 @@ def test_the_weights_follow_the_optimizer_of_train():
     from train import make_optimizer
     for moments in ("fp32", "bf16"):
         v3 = V3(tiny(precision="fp8_reference", moments=moments))
-        optimizer, tokens = make_optimizer(v3.config, v3), random_tokens(2, 34)
+        optimizer, tokens = make_optimizer(v3.config, v3.parameters()), random_tokens(2, 34)
         v3.loss(tokens)[0].backward()
         optimizer.step()
         fresh = V3(v3.config)
@@ -436,7 +436,7 @@ def test_training_in_fp8_follows_training_in_float32(moments):
     finals = []
     for precision in ("fp32", "fp8_reference"):
         v3 = V3(tiny(precision=precision, moments=moments, init_std=0.1, lr=3e-3))
-        optimizer = make_optimizer(v3.config, v3)
+        optimizer = make_optimizer(v3.config, v3.parameters())
         for step in range(25):
             loss, parts = v3.loss(random_tokens(8, 34, vocab=9, seed=step % 4))
             loss.backward()

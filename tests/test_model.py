@@ -1,5 +1,6 @@
 """The whole V3: loss, load, multi-token prediction, decoding, initialization, sizes, and folders under the official
 names."""
+import itertools
 import json
 import math
 import re
@@ -15,7 +16,19 @@ from torch.utils._pytree import tree_leaves
 
 import model
 from configs import Config, UserError, load
-from model import V3, CrossEntropy, arithmetic, config_from_hf, from_hf, official_tensors, save_hf, target_totals
+from model import (
+    V3,
+    CrossEntropy,
+    arithmetic,
+    balanced,
+    config_from_hf,
+    from_hf,
+    official_tensors,
+    save_hf,
+    shared,
+    stages,
+    target_totals,
+)
 
 # --- cross-entropy without the logits ---------------------------------------------------------------------------------
 
@@ -754,3 +767,45 @@ def test_a_full_disk_leaves_no_half_folder(tmp_path, monkeypatch, shards_written
     with pytest.raises(UserError, match=f"{re.escape(str(tmp_path / 'hf'))}.*No space left") as error:
         save_hf(V3(tiny()), tmp_path / "hf")
     assert "\n" not in str(error.value) and list(tmp_path.iterdir()) == []
+
+
+# --- the stages of a pipeline -----------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 7])
+def test_stages_hold_the_whole_model_once_with_its_names_and_initial_values(count):
+    c = tiny(n_layers=6)
+    whole, parts = V3(c).state_dict(), [s.state_dict() for s in stages(c, count, range(count))]
+    names = [name for part in parts for name in part]
+    assert sorted(names) == sorted([*whole] + ["embed.weight"] * (count > 1))                 # MTP's, at the far end
+    assert all(torch.equal(tensor, whole[name]) for part in parts for name, tensor in part.items())
+
+
+def test_both_ends_on_one_rank_share_the_embedding():
+    first, last = stages(tiny(), 4, [0, 3])
+    assert first.embed is last.embed and shared([first, last]) == [first.embed.weight]
+    middle, last = stages(tiny(n_mtp=0), 4, [2, 3])                                  # nobody there reads tokens
+    assert not hasattr(last, "embed") and shared([middle, last]) == []
+
+
+@pytest.mark.parametrize("changes", [dict(), dict(n_mtp=0), dict(inter_dim=500), dict(vocab_size=6100)])
+def test_the_costliest_stage_costs_as_little_as_it_can(changes):
+    c = tiny(n_layers=7, n_dense_layers=3, **changes)
+    a = arithmetic(c)
+    end = sum(a["layers"][7:]) + a["end"]                                                     # MTP and the head
+    assert sum(a["layers"][:7]) + end == pytest.approx(a["flops"])
+
+    def worst(cuts):
+        costs = [sum(a["layers"][start:stop]) for start, stop in zip(cuts, cuts[1:])]
+        return max([*costs[:-1], costs[-1] + end])
+
+    for count in range(1, 9):
+        every = [[0, *inner, 7] for inner in itertools.combinations(range(1, 8), count - 1)]
+        assert balanced(c, count) in every
+        assert worst(balanced(c, count)) == pytest.approx(min(map(worst, every)))
+    with pytest.raises(UserError, match="n_layers = 7 is too few for 9 stages"):
+        balanced(c, 9)
+
+
+def test_v3_in_16_stages():
+    cuts = balanced(v3_671b(), 16)
+    assert [stop - start for start, stop in zip(cuts, cuts[1:])] == [4] * 15 + [1]  # the head and MTP are four layers'

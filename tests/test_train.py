@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 import configs
 import data
 import parallel
+import ranks
 import train
 from configs import Config, UserError
 from data import Data
@@ -184,8 +185,8 @@ def test_the_loop_follows_the_schedules(tmp_path, monkeypatch):
                         or loss(self, tokens, **more))
     rates, make = [], train.make_optimizer
 
-    def making(c, v3):
-        optimizer = make(c, v3)
+    def making(c, params):
+        optimizer = make(c, params)
         optimizer.register_step_pre_hook(lambda o, *_: rates.append([group["lr"] for group in o.param_groups]))
         return optimizer
     monkeypatch.setattr(train, "make_optimizer", making)
@@ -204,7 +205,7 @@ def test_the_loop_follows_the_schedules(tmp_path, monkeypatch):
 def test_weight_decay_falls_on_matrices_only_embedding_and_head_included():
     c = config()
     v3 = V3(c)
-    optimizer = train.make_optimizer(c, v3)
+    optimizer = train.make_optimizer(c, v3.parameters())
     groups = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     assert groups.keys() == {id(p) for p in v3.parameters()}
     for name, p in v3.named_parameters():
@@ -213,7 +214,7 @@ def test_weight_decay_falls_on_matrices_only_embedding_and_head_included():
 
 
 def test_any_cut_into_micro_batches_trains_the_same_model(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "V3", lambda c: V3(c).double())                          # no rounding to hide behind
+    monkeypatch.setattr(ranks, "V3", lambda c: V3(c).double())                          # no rounding to hide behind
     for size in (2, 3, 8):
         go(tmp_path / str(size), micro_batch_size=size, max_steps=4, save_interval=0)
     whole = tensors(tmp_path / "8")
@@ -311,6 +312,15 @@ def test_metrics_have_the_contracts_keys_and_every_step_once(whole):
     assert rows[0]["lr"] == 5e-3 and rows[1]["lr"] == 1e-2
 
 
+def test_the_load_of_every_expert_is_logged_where_that_is_asked_for(tmp_path):
+    go(tmp_path / "out", "--log_load=True", max_steps=2)
+    rows = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    for row in (row for row in rows if "loss" in row):
+        assert [len(load) for load in row["load"]] == [8, 8]                              # one mixture, and that of MTP
+        assert [sum(load) for load in row["load"]] == [2 * 8 * 32] * 2                    # K * sequences * tokens
+        assert row["max_vio"] == pytest.approx(sum(max(load) / 64 - 1 for load in row["load"]) / 2, rel=1e-5)
+
+
 def test_a_small_learning_rate_and_a_small_loss_keep_their_digits_in_the_metrics():
     assert train.number(7.3e-6) == 7.3e-6 and train.number(2.2e-4 / 2000) == pytest.approx(1.1e-7, rel=1e-6)
     assert train.number(123456.75) == 123456.8 and train.number(math.nan) is train.number(-math.inf) is None
@@ -368,13 +378,13 @@ def test_evaluation_is_the_loss_of_the_full_logits_over_the_whole_validation_str
     c = config(init_std=0.3, seq_len=31)
     v3, d = V3(c).double(), Data(c)
     eval_windows = d.eval_windows
-    monkeypatch.setattr(d, "eval_windows", lambda _: eval_windows(windows))
+    monkeypatch.setattr(d, "eval_windows", lambda _, *ranks: eval_windows(windows, *ranks))
     stream, total = torch.from_numpy(d.val.astype("int64")), 0.0
     with torch.no_grad():
         for start in range(0, len(stream) - 1, 31):
             window = stream[start:start + 32]
             total += F.cross_entropy(v3(window[None, :-1])[0], window[1:], reduction="sum").item()
-    loss, bpb = train.evaluate(v3, d)
+    loss, bpb = train.evaluate(v3, d, parallel.Mesh())
     assert loss == pytest.approx(total / (len(stream) - 1), rel=1e-12) and loss > 5.6
     assert bpb == pytest.approx(total / math.log(2) / len(text(0)[len(text(0)) * 9 // 10:].encode()), rel=1e-12)
     assert v3.training and all(gate.load.sum() == 0 for gate in v3.gates())
@@ -599,10 +609,12 @@ def test_where_the_micro_batch_is_the_balance_losss_batch_it_may_not_differ_on_r
 
 
 @pytest.mark.parametrize("key, value", dict(updates=None, data=[], config=[1], files="a", step="x").items())
-def test_a_state_json_with_a_wrong_field_is_named(again, key, value):
-    path = parallel.latest(again) / "state.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
-    assert str(path) in refused(again, "--resume")
+def test_state_jsons_with_a_wrong_field_are_named_one_after_the_other(again, key, value, capsys):
+    older, newest = (folder / "state.json" for folder in parallel.checkpoints(again))
+    for path in (older, newest):
+        path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    assert str(older) in refused(again, "--resume")
+    assert f"refused: {newest}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("line", [b"garbage}\n", b"\xff\xfe\0\n", b"[1]\n", b'{"step": "x"}\n'])
@@ -635,14 +647,13 @@ def test_a_line_of_metrics_that_a_crash_cut_is_written_again(again, whole):
     assert numbers(again) == numbers(whole)
 
 
-def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_takes_the_run_to_the_same_bits(again, whole):
-    newest = parallel.latest(again)
+def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_takes_the_run_to_the_same_bits(again, whole, capsys):
+    older, newest = parallel.checkpoints(again)
     file = newest / "rank_00000.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
-    message = refused(again, "--resume")
-    assert str(file) in message and f"remove {newest}" in message
-    shutil.rmtree(newest)
     assert go(again, "--resume") == 0
+    out = capsys.readouterr().out
+    assert f"refused: {file}: missing, truncated or altered" in out and f"resumed from {older} at step" in out
     assert numbers(again) == numbers(whole)
     same_bits(tensors(again), tensors(whole))
 

@@ -311,15 +311,18 @@ def speculation(options):
         torch.set_num_threads(1)                                                           # as sample.py does
 
     def continued(prompt, drafts):
-        tally, began = Counter(), time.perf_counter()
-        (tokens,) = sample.generate(v3, [prompt], 128, temperature=0, drafts=drafts, tally=tally)
-        return tokens, time.perf_counter() - began, tally
+        """The tokens, the seconds from the first of them to the last (not those of the prompt and of capturing a CUDA
+        graph, which a longer text pays once), and what became of the drafts."""
+        tally, at = Counter(), []
+        (tokens,) = sample.generate(v3, [prompt], 128, temperature=0, drafts=drafts, tally=tally,
+                                    on_token=lambda *_: at.append(time.perf_counter()))
+        return tokens, at[-1] - at[0], tally
 
     most = 3
     for drafts in range(most + 1):
         continued(prompts[0], drafts)                                                      # warm
     rows = [[continued(prompt, drafts) for drafts in range(most + 1)] for prompt in prompts]
-    tokens, plain = sum(len(row[0][0]) for row in rows), sum(row[0][1] for row in rows)
+    tokens, plain = sum(len(row[0][0]) - 1 for row in rows), sum(row[0][1] for row in rows)
     modes = []
     for drafts in range(1, most + 1):
         seconds, tally = sum(row[drafts][1] for row in rows), sum((row[drafts][2] for row in rows), Counter())
@@ -330,7 +333,9 @@ def speculation(options):
                       "speedup": plain / seconds,
                       "of_ideal": plain / seconds / ((1 + accepted) / (1 + ms["draft"] / ms["plain"]))})
         print(modes[-1], flush=True)
-    record("speculation", "python bench.py speculation", prompts=len(prompts), tokens=tokens,
+    cuda, given = v3.embed.weight.is_cuda, f" --out_dir={Path(out_dir).name}" if "out_dir" in options else ""
+    record("speculation_gpu" if cuda else "speculation", "python bench.py speculation" + given, prompts=len(prompts),
+           tokens=tokens,
            config={"dim": v3.config.dim, "n_layers": v3.config.n_layers, "precision": v3.config.precision,
                    "steps": state["step"]}, plain_tokens_per_s=tokens / plain, modes=modes, data=state["data"])
 
@@ -445,9 +450,9 @@ def decode_attention_bench():
         packed = quantize(args[2], 64)
         ours, theirs = seconds(decode_triton, *args, scale), seconds(compiled, *args, scale)
         fp8 = seconds(decode_triton, *args[:2], packed, args[3], scale)
-        launched = [seconds(f, *args, scale, graph=False) * 1e6 for f in (decode_triton, compiled)]
+        launched = [seconds(f, *args, scale, graph=False) for f in (decode_triton, compiled)]
         row = {"batch": B, "heads": H, "tokens": S, "queries": T, "us": ours * 1e6, "compiled_us": theirs * 1e6,
-               "speedup": theirs / ours, "launched_us": launched[0], "compiled_launched_us": launched[1],
+               "speedup": theirs / ours, "launched_us": launched[0] * 1e6, "compiled_launched_us": launched[1] * 1e6,
                "fp8_us": fp8 * 1e6, "cache_tb_s": args[2].nbytes / ours / 1e12,
                "tflops": 2 * B * S * T * H * (576 + 512) / ours / 1e12}
         out["shapes"].append(row)
@@ -524,22 +529,37 @@ def decode(options):
 
 # --- training attention on a GPU --------------------------------------------------------------------------------------
 
-def milliseconds(run):
-    """Median time of run() on the GPU, in ms."""
+def milliseconds(run, rep=100):
+    """Median time of run() on the GPU, L2 cold, in ms; measured for `rep` ms."""
     from triton.testing import do_bench
-    return do_bench(run, warmup=25, rep=100, return_mode="median")
+    return do_bench(run, warmup=rep // 4, rep=rep, return_mode="median")
 
 
-def forward_backward(form, inputs, gradient):
-    """(forward ms, backward ms, peak bytes of one forward and backward, inputs included) of form(*inputs)."""
-    inputs = [t.detach().requires_grad_() for t in inputs]
-    backward_of = lambda out: milliseconds(lambda: torch.autograd.grad(out, inputs, gradient, retain_graph=True))
-    forward, backward = milliseconds(lambda: form(*inputs)), backward_of(form(*inputs))
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    torch.autograd.grad(form(*inputs), inputs, gradient)
-    return forward, backward, torch.cuda.max_memory_allocated() - before + sum(t.nbytes for t in inputs)
+def in_turn(runs, rounds=5):
+    """{name: median time of run(), in ms} of {name: run}: in rounds, so that a GPU that grows warm and slow does so to
+    all of them."""
+    times = [{name: milliseconds(run, 40) for name, run in runs.items()} for _ in range(rounds)]
+    return {name: statistics.median(row[name] for row in times) for name in runs}
+
+
+def forward_backward(forms, gradient):
+    """{name: (forward ms, backward ms, peak bytes of one forward and backward, inputs included)} of {name: (form,
+    inputs)}; gradient: of an output."""
+    forms = {name: (form, [t.detach().requires_grad_() for t in inputs]) for name, (form, inputs) in forms.items()}
+    forward = in_turn({name: lambda f=form, x=inputs: f(*x) for name, (form, inputs) in forms.items()})
+
+    def backward_of(form, inputs):
+        out = form(*inputs)
+        return lambda: torch.autograd.grad(out, inputs, gradient, retain_graph=True)
+
+    backward, peak = in_turn({name: backward_of(*form) for name, form in forms.items()}), {}
+    for name, (form, inputs) in forms.items():
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        torch.autograd.grad(form(*inputs), inputs, gradient)
+        peak[name] = torch.cuda.max_memory_allocated() - before + sum(t.nbytes for t in inputs)
+    return {name: (forward[name], backward[name], peak[name]) for name in forms}
 
 
 def attention_shape(B, H, T, dims):
@@ -566,15 +586,13 @@ def attention_shape(B, H, T, dims):
 
     def sdpa_kernel(*inputs):
         with cudnn():
-            return sdpa(*inputs)
+            return sdpa(*inputs).transpose(1, 2)
 
     kernel = lambda *t: mla.attention_triton(*t, scale)
-    measured = {
-        "cuDNN, kernel": forward_backward(sdpa_kernel, whole, dout.transpose(1, 2)),
-        "Triton, kernel": forward_backward(kernel, (*parts[:3], k_rope, parts[3]), dout),
-        "cuDNN, block": forward_backward(sdpa_block, (q, kv, k_rope), dout),
-        "Triton, block": forward_backward(block(mla.attention_triton, mla.Split.apply), (q, kv, k_rope), dout),
-    }
+    measured = forward_backward({
+        "cuDNN, kernel": (sdpa_kernel, whole), "Triton, kernel": (kernel, (*parts[:3], k_rope, parts[3])),
+        "cuDNN, block": (sdpa_block, (q, kv, k_rope)),
+        "Triton, block": (block(mla.attention_triton, mla.Split.apply), (q, kv, k_rope))}, dout)
     flops = B * H * T * T * (d_n + d_r + d_v)                                          # half of the square, 2 a product
     out = {"B": B, "H": H, "T": T, "dims": dims}
     for name, (forward, backward, peak) in measured.items():
@@ -598,10 +616,8 @@ def cudnn():
 def small_ops():
     """RMSNorm and RoPE: one kernel against torch eager and compiled, forward and backward, and the bytes kept."""
     def compare(name, forms, inputs, gradients):
-        row = {}
-        for path, form in forms.items():
-            forward, backward, peak = forward_backward(form, inputs, gradients)
-            row[path] = {"forward_ms": forward, "backward_ms": backward, "peak_bytes": peak}
+        measured = forward_backward({path: (form, inputs) for path, form in forms.items()}, gradients)
+        row = {path: dict(zip(("forward_ms", "backward_ms", "peak_bytes"), m)) for path, m in measured.items()}
         print(f"{name}: " + ", ".join(f"{p} {r['forward_ms']:.3f} + {r['backward_ms']:.3f} ms" for p, r in row.items()),
               flush=True)
         return row
@@ -1375,13 +1391,18 @@ def tables():
     if d:
         shapes, error = d["attention"]["shapes"], d["attention"]["error"]
         out["decode"] = "\n".join([
-            "| batch, heads, tokens held, queries | microseconds | torch.compile | cache, TB/s | TFLOP/s | FP8 cache |",
-            "|---|---|---|---|---|---|",
+            "| batch, heads, tokens held, queries | replayed, us | torch.compile | launched, us | torch.compile | "
+            "cache, TB/s | TFLOP/s | FP8 cache |", "|---|---|---|---|---|---|---|---|",
             *(f"| {r['batch']}, {r['heads']}, {r['tokens']:,}, {r['queries']} | {r['us']:.0f} | "
-              f"{r['compiled_us']:.0f} ({r['speedup']:.1f}x) | {r['cache_tb_s']:.2f} | {r['tflops']:.0f} | "
-              f"{r['fp8_us']:.0f} |" for r in shapes), "",
+              f"{r['compiled_us']:.0f} ({r['speedup']:.1f}x) | {r['launched_us']:.0f} | "
+              f"{r['compiled_launched_us']:.0f} ({r['compiled_launched_us'] / r['launched_us']:.1f}x) | "
+              f"{r['cache_tb_s']:.2f} | {r['tflops']:.0f} | {r['fp8_us']:.0f} |" for r in shapes), "",
             f"{d['gpu']}, V3's dims. Relative error: {error['triton']:.1e} (plain torch in BF16 {error['torch']:.1e}), "
-            f"with an FP8 cache {error['triton_fp8']:.1e}."])
+            f"with an FP8 cache {error['triton_fp8']:.1e}.", "",
+            "| generation, `config/bench_1b.py`, random weights | tokens/s | if it only read its weights and cache |",
+            "|---|---|---|",
+            *(f"| batch {g['batch']} | {g['tokens_per_s']:,.0f} | {g['limit_tokens_per_s']:,.0f} |"
+              for g in d["generation"])])
     if low:
         of = lambda precision, key: [r[key] for r in low["runs"] if r["precision"] == precision]
         against = lambda precision: statistics.mean(of(precision, "loss")) / statistics.mean(of("bf16", "loss")) - 1
@@ -1412,14 +1433,19 @@ def tables():
             f"{o['gpu']}, two of {o['shape']}, in each chunk. In the figure {o['timeline']['under_kernels']:.0%} of "
             f"the copies lie under kernels."])
     if s:
-        out["speculation"] = "\n".join([
+        rows = lambda s: "\n".join([
             "| drafts | of them accepted | tokens per forward pass | time of the drafts / of a plain step | tokens/s | "
             "the same text |", "|---|---|---|---|---|---|",
-            f"| 0 | | 1 | | {s['plain_tokens_per_s']:.0f} | |",
+            f"| 0 | | 1 | | {s['plain_tokens_per_s']:,.0f} | |",
             *(f"| {m['drafts']} | {m['acceptance']:.0%} | {m['tokens_per_forward']:.2f} | "
-              f"{m['draft_over_plain']:.2f} | {m['tokens_per_s']:.0f} ({m['speedup']:.2f}x) | "
+              f"{m['draft_over_plain']:.2f} | {m['tokens_per_s']:,.0f} ({m['speedup']:.2f}x) | "
               f"{m['identical']} of {s['prompts']} |"
               for m in s["modes"])])
+        out["speculation"] = rows(s)
+        if on_gpu := load("speculation_gpu"):
+            of = on_gpu["config"]
+            out["speculation"] += (f"\n\nThe same on an {on_gpu['gpu']}, {of['n_layers']} layers of {of['dim']} dims, "
+                                   f"trained for {of['steps']} steps:\n\n{rows(on_gpu)}")
     return out
 
 

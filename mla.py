@@ -41,7 +41,11 @@ if backend.has_triton():                                       # macOS, Windows:
     from triton.experimental import gluon
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.language.nvidia import hopper
+    from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
     from triton.tools.tensor_descriptor import TensorDescriptor
+    tma_load = getattr(hopper.tma, "async_load", None) or hopper.tma.async_copy_global_to_shared    # newer Triton, 3.6
+    tma_store = getattr(hopper.tma, "async_store", None) or hopper.tma.async_copy_shared_to_global
 
 
 # --- RMSNorm ----------------------------------------------------------------------------------------------------------
@@ -479,6 +483,125 @@ if backend.has_triton():
         out.store([b, m0, h * D_V], acc.to(out.dtype).reshape(1, BM, D_V))
         tl.store(lse + bh * stride_l + rows, top + tl.log2(total), mask=rows < T)
 
+    # Nearly all of pre-training is V3's dims and texts without boundaries, and for those the same again, faster. Above,
+    # all warps do everything in turn, and tensor cores idle while they compute a softmax. Gluon is Triton with layouts,
+    # slots and waits written by hand: here the warps have jobs of their own.
+    #
+    #     1 warp        K V  K V  K V ...                            loads tiles into two slots, as these become free
+    #     4 warps       S0 | softmax   | S1 + P0 V0 | softmax   ...  64 queries
+    #     4 warps            S0 | softmax   | S1 + P0 V0 | softmax   64 more, which multiply while the others do softmax
+    #
+    # They meet at barriers in shared memory. A round of a barrier is complete when so many bytes have come, or so many
+    # groups have arrived; then the next begins. One waits for a round by its parity; a new barrier has completed a 1.
+
+    @gluon.jit
+    def barriers(number: gl.constexpr, arrivals: gl.constexpr):
+        new = gl.allocate_shared_memory(gl.int64, [number, 1], mbarrier.MBarrierLayout())
+        for i in gl.static_range(number):
+            mbarrier.init(new.index(i), count=arrivals)
+        return new
+
+    @gluon.jit
+    def load_tiles(sources, columns, slots, gates, b, m0):
+        """The loading warp: the queries, then keys and values, from the diagonal's to the first."""
+        q_nope, q_rope, k_nope, k_rope, v = sources
+        at_qn, at_qr, at_kn, at_v = columns
+        all_qn, all_qr, all_kn, all_kr, all_v = slots
+        q_full, k_full, v_full, k_free, v_free = gates
+        mbarrier.expect(q_full.index(0), 2 * (q_nope.block_type.nbytes + q_rope.block_type.nbytes))
+        for half in gl.static_range(2):
+            tma_load(q_nope, [b, m0 + 64 * half, at_qn], q_full.index(0), all_qn.index(half))
+            tma_load(q_rope, [b, m0 + 64 * half, at_qr], q_full.index(0), all_qr.index(half))
+        for n in range(m0 // 128 + 1):
+            slot, done, n0 = n % 2, n // 2 & 1 ^ 1, m0 - 128 * n
+            mbarrier.wait(k_free.index(slot), done)
+            mbarrier.expect(k_full.index(slot), k_nope.block_type.nbytes + k_rope.block_type.nbytes)
+            tma_load(k_nope, [b, n0, at_kn], k_full.index(slot), all_kn.index(slot))
+            tma_load(k_rope, [b, n0, 0], k_full.index(slot), all_kr.index(slot))
+            mbarrier.wait(v_free.index(slot), done)
+            mbarrier.expect(v_full.index(slot), v.block_type.nbytes)
+            tma_load(v, [b, n0, at_v], v_full.index(slot), all_v.index(slot))
+
+    @gluon.jit
+    def start_scores(q_nope, q_rope, k_nope, k_rope):
+        zeros = gl.zeros([64, 128], gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16]))
+        s = hopper.warpgroup_mma(q_rope, k_rope.reshape([128, 64]).permute((1, 0)), zeros, use_acc=False, is_async=True)
+        return hopper.warpgroup_mma(q_nope, k_nope.reshape([128, 128]).permute((1, 0)), s, is_async=True)
+
+    @gluon.jit
+    def soften(s, top, total, scale):
+        """The running softmax: a tile's weights, the factor for all before it, and its largest score and sum so far."""
+        higher = gl.maximum(top, gl.max(s, 1) * scale)
+        p, shrink = gl.exp2(s * scale - higher[:, None]), gl.exp2(top - higher)
+        return p, shrink, higher, total * shrink + gl.sum(p, 1)
+
+    @gluon.jit
+    def attend_half(half: gl.constexpr, slots, gates, turn, out, lse, b, at_out, m0, T, scale):
+        """Four warps: 64 queries. `turn`: whose products may start, those of the other half having started."""
+        TILE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])       # of scores, and of output
+        ROWS: gl.constexpr = gl.SliceLayout(1, TILE)
+        LEFT: gl.constexpr = gl.DotOperandLayout(0, TILE, 2)                                # p stays in registers
+        all_qn, all_qr, all_kn, all_kr, all_v = slots
+        q_full, k_full, v_full, k_free, v_free = gates
+        q_nope, q_rope = all_qn.index(half).reshape([64, 128]), all_qr.index(half).reshape([64, 64])
+        rows, cols = m0 + 64 * half + gl.arange(0, 64, ROWS), m0 + gl.arange(0, 128, gl.SliceLayout(0, TILE))
+        top, total = gl.full([64], -1e30, gl.float32, ROWS), gl.zeros([64], gl.float32, ROWS)
+        acc = gl.zeros([64, 128], gl.float32, TILE)
+
+        mbarrier.wait(q_full.index(0), 0)
+        mbarrier.wait(k_full.index(0), 0)
+        s = hopper.warpgroup_mma_wait(0, [start_scores(q_nope, q_rope, all_kn.index(0), all_kr.index(0))])
+        mbarrier.arrive(k_free.index(0), count=1)
+        s = gl.where(cols[None, :] <= rows[:, None], s, -float("inf"))
+        p, shrink, top, total = soften(s, top, total, scale)
+        p = gl.convert_layout(p.to(gl.bfloat16), LEFT)
+        for n in range(1, m0 // 128 + 1):
+            here, before = n % 2, (n - 1) % 2
+            mbarrier.wait(v_full.index(before), (n - 1) // 2 & 1)
+            mbarrier.wait(k_full.index(here), n // 2 & 1)
+            mbarrier.wait(turn.index(half), n & 1 ^ half)                                   # the first half goes first
+            s = start_scores(q_nope, q_rope, all_kn.index(here), all_kr.index(here))
+            acc = hopper.warpgroup_mma(p, all_v.index(before).reshape([128, 128]), acc, is_async=True)
+            mbarrier.arrive(turn.index(1 - half), count=1)
+            s = hopper.warpgroup_mma_wait(1, [s])                                           # all but the last product
+            mbarrier.arrive(k_free.index(here), count=1)
+            weights, shrink, top, total = soften(s, top, total, scale)
+            acc, p = hopper.warpgroup_mma_wait(0, [acc, p])
+            mbarrier.arrive(v_free.index(before), count=1)
+            acc *= shrink[:, None]
+            p = gl.convert_layout(weights.to(gl.bfloat16), LEFT)
+        last = m0 // 128
+        mbarrier.wait(v_full.index(last % 2), last // 2 & 1)
+        acc = hopper.warpgroup_mma(p, all_v.index(last % 2).reshape([128, 128]), acc, is_async=True)
+        acc, p = hopper.warpgroup_mma_wait(0, [acc, p])
+
+        gl.store(lse + rows, top + gl.log2(total), mask=rows < T)
+        q_nope.store((acc / total[:, None]).to(gl.bfloat16))                                # nobody reads it any more
+        hopper.fence_async_shared()
+        tma_store(out, [b, m0 + 64 * half, at_out], all_qn.index(half))
+        hopper.tma.store_wait(0)
+
+    @gluon.jit(do_not_specialize=SIZES)
+    def attention_forward_wide(q_nope, q_rope, k_nope, k_rope, v, out, lse, T, H, BH, head_qn, head_qr, head_kn, head_v,
+                               scale, stride_l, group):
+        """attention_forward for dims 128, 64, 128 and one text a row: 128 queries of a head, tiles of 128 keys."""
+        tile, bh = place(gl.cdiv(T, 128), BH, group)
+        m0, b, h = (gl.cdiv(T, 128) - 1 - tile) * 128, bh // H, bh % H
+        LAYOUT: gl.constexpr = k_nope.layout
+        slots = (gl.allocate_shared_memory(gl.bfloat16, [2, 1, 64, 128], LAYOUT),           # q_nope of both halves
+                 gl.allocate_shared_memory(gl.bfloat16, [2, 1, 64, 64], LAYOUT),            # q_rope
+                 gl.allocate_shared_memory(gl.bfloat16, [2, 1, 128, 128], LAYOUT),          # k_nope of two tiles
+                 gl.allocate_shared_memory(gl.bfloat16, [2, 1, 128, 64], LAYOUT),           # k_rope
+                 gl.allocate_shared_memory(gl.bfloat16, [2, 1, 128, 128], LAYOUT))          # v
+        gates = (barriers(1, 1), barriers(2, 1), barriers(2, 1),                            # q, k, v are there
+                 barriers(2, 2), barriers(2, 2))                                            # k, v: both halves are done
+        turn = barriers(2, 1)
+        hopper.fence_async_shared()
+        sources, columns = (q_nope, q_rope, k_nope, k_rope, v), (h * head_qn, h * head_qr, h * head_kn, h * head_v)
+        half = (slots, gates, turn, out, lse + bh * stride_l, b, h * 128, m0, T, scale)
+        gl.warp_specialize([(attend_half, (gl.constexpr(0),) + half), (attend_half, (gl.constexpr(1),) + half),
+                            (load_tiles, (sources, columns, slots, gates, b, m0))], [4, 1], [240, 24])
+
     @triton.jit
     def keys_step(m0, cols, k_nope, k_rope, v, q_nope, q_rope, dout, lse, delta, starts, b, bh, at_qn, at_qr, at_o,
                   T, dk_nope, dk_rope, dv, scale, BM: tl.constexpr, MASKED: tl.constexpr, DOCS: tl.constexpr):
@@ -578,11 +701,12 @@ def readable(x):
     return x if dense else x.clone(memory_format=torch.contiguous_format)
 
 
-def heads(x, rows):
+def heads(x, rows, gluon=False):
     """A descriptor that loads tiles [rows, d] of one head from x [B, T, H, d]: the heads lie one after the other in its
     last dim, head h at column h * x.stride(2). What is beyond T reads as zero and is not written."""
     B, T, H, d = x.shape
-    return TensorDescriptor(x, [B, T, (H - 1) * x.stride(2) + d], [*x.stride()[:2], 1], [1, rows, d])
+    args = x, [B, T, (H - 1) * x.stride(2) + d], [*x.stride()[:2], 1], [1, rows, d]
+    return GluonDescriptor(*args, gl.NVMMASharedLayout(128, 16, rank=3)) if gluon else TensorDescriptor(*args)
 
 
 class Attention(torch.autograd.Function):
@@ -606,12 +730,18 @@ class Attention(torch.autograd.Function):
         else:
             out = torch.empty(B, T, H, d_v, dtype=v.dtype, device=v.device)
             lse = torch.empty(B * H, padded, dtype=torch.float32, device=v.device)
-            BM, BN, STAGES, warps = 128, 64, 4, 8
-            attention_forward[(triton.cdiv(T, BM) * B * H,)](
-                *(heads(t, BM) for t in (q_nope, q_rope)), *(heads(t, BN) for t in (k_nope, k_rope, v)), heads(out, BM),
-                lse, starts, T, H, B * H, *(t.stride(2) for t in (q_nope, q_rope, k_nope, v)),
-                scale * math.log2(math.e), padded, max(1, 32768 // T), d_n, d_r, d_v, starts is not None,
-                BM, BN, STAGES, num_warps=warps)
+            numbers = (T, H, B * H, *(t.stride(2) for t in (q_nope, q_rope, k_nope, v)), scale * math.log2(math.e),
+                       padded, max(1, 32768 // T))
+            if starts is None and (d_n, d_r, d_v) == (128, 64, 128) and v.is_cuda:
+                attention_forward_wide[(triton.cdiv(T, 128) * B * H,)](
+                    heads(q_nope, 64, True), heads(q_rope, 64, True), heads(k_nope, 128, True),
+                    heads(k_rope, 128, True), heads(v, 128, True), heads(out, 64, True), lse, *numbers, num_warps=4)
+            else:
+                BM, BN, STAGES, warps = 128, 64, 4, 8
+                attention_forward[(triton.cdiv(T, BM) * B * H,)](
+                    *(heads(t, BM) for t in (q_nope, q_rope)), *(heads(t, BN) for t in (k_nope, k_rope, v)),
+                    heads(out, BM), lse, starts, *numbers, d_n, d_r, d_v, starts is not None,
+                    BM, BN, STAGES, num_warps=warps)
             if kept is not None:
                 kept.append((out.detach(), lse))
         ctx.save_for_backward(q_nope, q_rope, k_nope, k_rope, v, out, lse, starts)
@@ -784,25 +914,29 @@ if backend.has_triton():
         q = block * 64 + gl.arange(0, 64, gl.SliceLayout(1, SCORES))
         there = q < T * H
         last = gl.load(positions + row * T + q // H, mask=there, other=0).to(gl.int32)
+        first = gl.load(positions + row * T).to(gl.int32)                           # the last key that all of them see
         top = gl.full([64], -1e30, gl.float32, gl.SliceLayout(1, SCORES))
         total = gl.zeros([64, 64], gl.float32, SCORES)                              # summed over keys at the end, once
         acc = hopper.warpgroup_mma_init(gl.zeros([64, R], gl.float32, VALUES))
+        hopper.async_copy.wait_group(0)                                         # the compiler puts a barrier after it
+        turned = query_rope.load(gl.DotOperandLayout(0, SCORES, 2))             # as much as registers have room for
         for s in range(start, end, 64):
             here = (s - start) // 64 % 2
             acc = hopper.warpgroup_mma_wait(0, [acc])
-            hopper.async_copy.wait_group(0)                                     # the compiler puts a barrier after it
+            hopper.async_copy.wait_group(0)
             hopper.fence_async_shared()
-            scores = hopper.warpgroup_mma(query_rope, k.index(here).permute((1, 0)),
+            scores = hopper.warpgroup_mma(turned, k.index(here).permute((1, 0)),
                                           gl.zeros([64, 64], gl.float32, SCORES), use_acc=False, is_async=True)
             scores = hopper.warpgroup_mma(query, c.index(here).permute((1, 0)), scores, is_async=True)
             fetch(c.index(1 - here), c_kv, s + 64, end, c_token, R)             # while the tensor cores are at work
             fetch(k.index(1 - here), k_rope, s + 64, end, k_token, D_R)
             hopper.async_copy.commit_group()
-            scores = hopper.warpgroup_mma_wait(0, [scores]) * scale
-            keys = s + gl.arange(0, 64, gl.SliceLayout(0, SCORES))
-            scores = gl.where(keys[None, :] <= last[:, None], scores, float("-inf"))
-            high = gl.maximum(top, gl.max(scores, 1))
-            p, shrink = gl.exp2(scores - high[:, None]), gl.exp2(top - high)
+            scores = hopper.warpgroup_mma_wait(0, [scores])
+            if s + 63 > first:
+                keys = s + gl.arange(0, 64, gl.SliceLayout(0, SCORES))
+                scores = gl.where(keys[None, :] <= last[:, None], scores, float("-inf"))
+            high = gl.maximum(top, gl.max(scores, 1) * scale)
+            p, shrink = gl.exp2(scores * scale - high[:, None]), gl.exp2(top - high)
             total = total * shrink[:, None] + p
             top = high
             weights.store(p.to(gl.bfloat16))
@@ -853,7 +987,7 @@ def decode_triton(q_latent, q_rope, latents, positions, scale, splits=None):
         splits = min(backend.multiprocessors(q_latent.device) * programs // (blocks * B), c_kv.shape[1] // 128)
         splits = max(splits, 1)
     out, positions = torch.empty(q_latent.shape, dtype=q_latent.dtype, device=q_latent.device), positions.contiguous()
-    parts = torch.empty(splits, *out.shape, dtype=torch.float32, device=out.device) if splits > 1 else out
+    parts = torch.empty(splits, *out.shape, dtype=out.dtype, device=out.device) if splits > 1 else out
     lse = torch.empty(splits, B, T, H, dtype=torch.float32, device=out.device)
     args = (q_latent.contiguous(), q_rope.contiguous(), c_kv, k_rope, positions, parts, lse, scale * math.log2(math.e),
             T, H, splits, *c_kv.stride()[:2], *k_rope.stride()[:2])

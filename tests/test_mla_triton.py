@@ -195,10 +195,23 @@ class TestCompiled:
         for name, a, b in zip(("out", "dq", "dkv", "dk_rope"), ours, theirs):
             assert name not in names or a <= 1.2 * b + 1e-5, f"{name}: {a:.2e} against {b:.2e}"
 
-    def test_the_backward_gives_the_same_bits_every_time(self):
-        values, starts = operands(2, 1000, 16, V3, torch.bfloat16, "cuda", True)
+    @pytest.mark.parametrize("docs", [False, True], ids=["one text", "documents"])
+    def test_the_same_bits_come_every_time_and_for_a_row_alone(self, docs):
+        values, starts = operands(3, 1000, 16, V3, torch.bfloat16, "cuda", docs)
         runs = [values_and_gradients(attention_triton, values, V3, starts) for _ in range(3)]
         assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(run, runs[0]))
+        alone = values_and_gradients(attention_triton, [t[1:2] for t in values], V3, starts[1:2] if docs else None)
+        assert all(torch.equal(a[0], b[1]) for a, b in zip(alone, runs[0]))
+
+    @pytest.mark.parametrize("T", [64, 129, 2048])
+    def test_scores_of_hundreds_in_any_order_leave_finite_weights(self, T):
+        """Keys that beat all before them, tile after tile, and one that beats all: the running maximum is at work."""
+        values, _ = operands(2, T, 8, V3, torch.bfloat16, "cuda")
+        values[1][..., :128] *= torch.linspace(8, 1, T, device="cuda").bfloat16()[:, None, None]
+        reference = values_and_gradients(attention_torch, [t.double() for t in values], V3, None)
+        ours = errors(values_and_gradients(attention_triton, values, V3, None), reference)
+        theirs = errors(values_and_gradients(attention_torch, values, V3, None), reference)
+        assert all(a <= 1.2 * b + 1e-5 for a, b in zip(ours, theirs)), (ours, theirs)
 
     @pytest.mark.parametrize("dim", [512, 1536, 7168])
     def test_the_fused_norm_in_bf16(self, dim):

@@ -833,24 +833,49 @@ V3_LINEARS = {                                # in, out: section 4.2's dims
     "gate/up": (7168, 4096), "down": (2048, 7168)}
 
 
-def fp8_products(N, K, M=4096):
-    """x [M, K] W [N, K]^T and dy^T x on the same FP8 operands: TFLOP/s of our kernel, cuBLASLt and BF16, and how far
-    both FP8 forms are from float64."""
-    x, w = torch.randn(M, K, device="cuda"), torch.randn(N, K, device="cuda")
-    a, b = fp8.quantize_triton(x)[0], fp8.blocks_triton(w[None])[0]
-    y, rate = x.new_empty(M, N, dtype=torch.bfloat16), lambda ms: 2 * M * N * K / ms / 1e9
-    half = [t.to(torch.bfloat16) for t in (x, w)]
+def cublas(a, b, dtype=torch.bfloat16):
+    """A function that multiplies as fp8.gemm_torch does, by cuBLASLt. It wants the block scales of b along K, in
+    multiples of four: laid out here, once."""
+    tile, block = torch.nn.functional.ScalingType.BlockWise1x128, torch.nn.functional.ScalingType.BlockWise128x128
+    kind, scale = tile, b.scale
+    if len(b.scale) < len(b.values):
+        k = scale.shape[1]
+        kind, scale = block, scale.new_empty(len(scale), -(-k // 4) * 4).t()                  # [k, n]
+        scale[:k] = b.scale.t()
+    return lambda: torch.nn.functional.scaled_mm(a.values, b.values.t(), a.scale, tile, scale, kind, output_dtype=dtype)
+
+
+def operands(M, N, K):
+    """Random x [M, K] and w [N, K] in BF16, x in 1x128 tiles, w in blocks and in 1x128 tiles."""
+    x, w = (torch.randn(n, K, device="cuda", dtype=torch.bfloat16) for n in (M, N))
+    return x, w, fp8.quantize_triton(x)[0], fp8.blocks_triton(w[None])[0], fp8.quantize_triton(w)[0]
+
+
+def fp8_products(name, inner, outer, N=4096):
+    """Fprop's product of N tokens and Wgrad's on the same FP8 operands: TFLOP/s of our kernel, cuBLASLt's and BF16's,
+    in turn; Fprop's error against float64. Wgrad is added to an FP32 gradient, which cuBLASLt does in a second pass."""
+    x, w, a, b, _ = operands(N, outer, inner)
+    y, theirs = x.new_empty(N, outer), cublas(a, b)
     exact = a[:256].dequantize().double() @ b.dequantize().double().t()
-    out = {"M": M, "N": N, "K": K, "bf16": rate(milliseconds(lambda: half[0] @ half[1].t())),
-           "triton": rate(milliseconds(lambda: fp8.gemm_triton(a, b, y))),
-           "triton_error": error(fp8.gemm_triton(a, b, y)[:256], exact)}
-    if fp8.takes_cublas(a, b, y):
-        out |= {"cublas": rate(milliseconds(lambda: fp8.gemm_cublas(a, b, y))),
-                "cublas_error": error(fp8.gemm_cublas(a, b, y)[:256], exact)}
-    columns, dw = [fp8.quantize_triton(t, rows=False, columns=True)[1] for t in (y, x)], x.new_empty(N, K)
-    out["wgrad_triton"] = rate(milliseconds(lambda: fp8.gemm_triton(*columns, dw)))
-    out["wgrad_bf16"] = rate(milliseconds(lambda: y.t() @ half[0]))
-    return out
+    out = {"name": name, "M": N, "N": outer, "K": inner, "triton_error": error(fp8.gemm_triton(a, b, y)[:256], exact)}
+    runs = {"triton": lambda: fp8.gemm_triton(a, b, y), "bf16": lambda: x @ w.t()}
+    if outer % 128 == 0:                                                       # kv_a's 576 are not whole blocks
+        out["cublas_error"], runs["cublas"] = error(theirs()[:256], exact), theirs
+    dy, xt, columns, _, x_columns = operands(outer, inner, N)                      # [out, tokens], [in, tokens]
+    dw, wgrad_cublas = torch.zeros(outer, inner, device="cuda"), cublas(columns, x_columns, torch.float32)
+    runs |= {"wgrad_triton": lambda: fp8.gemm_triton(columns, x_columns, dw), "wgrad_cublas": wgrad_cublas,
+             "wgrad_bf16": lambda: dy @ xt.t(), "wgrad_cublas_add": lambda: dw.add_(wgrad_cublas()),
+             "wgrad_triton_add": lambda: fp8.gemm_triton(columns, x_columns, dw, True)}
+    return out | {run: 2 * N * outer * inner / ms / 1e9 for run, ms in in_turn(runs).items()}
+
+
+def fp8_few(M, N, K):
+    """Microseconds of a product of M rows, L2 cold, as a CUDA graph."""
+    x, w, a, b, _ = operands(M, N, K)
+    y = x.new_empty(M, N)
+    runs = {"triton": lambda: fp8.gemm_triton(a, b, y), "cublas": cublas(a, b), "bf16": lambda: x @ w.t()}
+    out = {"M": M, "N": N, "K": K} | {name: seconds(run) * 1e6 for name, run in runs.items()}
+    return out | {"weight_tb_s": N * K / out["triton"] / 1e6}
 
 
 def fp8_linear(inner, outer, N=4096):
@@ -870,17 +895,51 @@ def fp8_linear(inner, outer, N=4096):
     return out
 
 
-def fp8_quantization(M=8192, K=7168):
-    """Bytes read and written per second: rows; rows and columns; rows that were kept to columns; blocks and their
-    transpose."""
-    x, w = torch.randn(M, K, device="cuda", dtype=torch.bfloat16), torch.randn(1, M, K, device="cuda")
+def fp8_quantization(M=8192, K=7168, F=2048):
+    """Bytes read and written per second of what our kernels do in one pass, and of torch.compile of the same: of
+    RMSNorm and SwiGLU as users have it, which write BF16, and quantize that."""
+    x, h, w, weight, gate = (torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
+                             for shape in ((M, K), (M, 2 * F), (1, M, K), (K,), (M,)))
+    w = w.float()
     kept, blocks = fp8.quantize_triton(x)[0], fp8.blocks_triton(w)
-    rate = lambda ms, per_number: M * K * per_number / ms * 1e3
-    return {"copy": copy_rate(), "rows": rate(milliseconds(lambda: fp8.quantize_triton(x)), 3),
-            "rows_and_columns": rate(milliseconds(lambda: fp8.quantize_triton(x, columns=True)), 4),
-            "kept_to_columns": rate(milliseconds(lambda: fp8.quantize_triton(kept, rows=False, columns=True)), 2),
-            "blocks": rate(milliseconds(lambda: fp8.blocks_triton(w)), 5),
-            "transpose": rate(milliseconds(lambda: fp8.transpose_triton(blocks)), 2)}
+
+    def rows(x):
+        tiles = x.float().unflatten(-1, (-1, 128))
+        scale = (tiles.abs().amax(-1, keepdim=True) / 448).clamp_min(fp8.LEAST)
+        return (tiles / scale).to(torch.float8_e4m3fn).flatten(-2), scale.squeeze(-1)
+
+    def both(x):
+        return *rows(x), *rows(x.t().contiguous())
+
+    def columns(values, scale):
+        return rows((values.float().unflatten(-1, (-1, 128)) * scale[..., None]).flatten(-2).t().contiguous())
+
+    def norm(x):
+        return torch.nn.functional.rms_norm(x.float(), (K,), weight.float(), 1e-6).to(x.dtype)
+
+    def swiglu(h):
+        a, b = h.chunk(2, -1)
+        return torch.nn.functional.silu(a) * b * gate[:, None]
+
+    row, pair, column, normed, gated = (torch.compile(f, dynamic=False) for f in (rows, both, columns, norm, swiglu))
+    passes = {
+        "rows": (3 * M * K, lambda: fp8.quantize_triton(x), lambda: row(x)),
+        "rows and columns": (4 * M * K, lambda: fp8.quantize_triton(x, columns=True), lambda: pair(x)),
+        "FP8 rows to columns": (2 * M * K, lambda: fp8.quantize_triton(kept, rows=False, columns=True),
+                                lambda: column(kept.values, kept.scale)),
+        "RMSNorm, rows": (3 * M * K, lambda: fp8.norm_quantize_triton(x, weight, 1e-6), lambda: row(normed(x))),
+        "RMSNorm, rows and columns": (4 * M * K, lambda: fp8.norm_quantize_triton(x, weight, 1e-6, columns=True),
+                                      lambda: pair(normed(x))),
+        "SwiGLU, rows": (5 * M * F, lambda: fp8.swiglu_quantize_triton(h, gate), lambda: row(gated(h))),
+        "SwiGLU, rows and columns": (6 * M * F, lambda: fp8.swiglu_quantize_triton(h, gate, columns=True),
+                                     lambda: pair(gated(h))),
+        "blocks": (5 * M * K, lambda: fp8.blocks_triton(w), None),
+        "transpose of blocks": (2 * M * K, lambda: fp8.transpose_triton(blocks), None)}
+    out = {"copy": copy_rate(), "passes": {}}
+    for name, (moved, ours, theirs) in passes.items():
+        times = in_turn({"triton": ours, **({"compiled": theirs} if theirs else {})}, rounds=3)
+        out["passes"][name] = {form: moved / ms * 1e3 for form, ms in times.items()}
+    return out
 
 
 def fp8_adamw():
@@ -913,9 +972,24 @@ def fp8_on_a_gpu(options):
     needs_fp8("fp8")
     shown = lambda row: print({key: round(v, 5) if isinstance(v, float) else v for key, v in row.items()},
                               flush=True) or row
-    quantization = shown(fp8_quantization())
-    products = [shown(fp8_products(outer, inner)) for inner, outer in [*V3_LINEARS.values(), (8192, 8192)]]
-    few = [shown(fp8_products(4096, 7168, M)) for M in (16, 64, 128)]
+    quantization = fp8_quantization()
+    for name, r in quantization["passes"].items():
+        against = f", {r['triton'] / r['compiled']:.2f}x compiled" if "compiled" in r else ""
+        print(f"{name}: {r['triton'] / 1e12:.2f} TB/s, {r['triton'] / quantization['copy']:.2f}x a copy{against}",
+              flush=True)
+    products = [fp8_products(name, *dims) for name, dims in V3_LINEARS.items()]
+    products.append(fp8_products("square", 8192, 8192, 8192))
+    for r in products:
+        against = lambda ours, theirs: f"{r[ours] / r[theirs]:.2f}x" if theirs in r else "-"              # noqa: B023
+        print(f"{r['name']}: {r['triton']:.0f} TFLOP/s, {against('triton', 'cublas')} cuBLASLt, "
+              f"{against('triton', 'bf16')} BF16; Wgrad {r['wgrad_triton']:.0f}, "
+              f"{against('wgrad_triton', 'wgrad_cublas')} and {against('wgrad_triton', 'wgrad_bf16')}; added to a "
+              f"gradient {r['wgrad_triton_add']:.0f}, {against('wgrad_triton_add', 'wgrad_cublas_add')}", flush=True)
+    few = [fp8_few(M, outer, inner) for M in (16, 64, 128) for inner, outer in V3_LINEARS.values()
+           if outer % 128 == 0]
+    for r in few:
+        print(f"{r['M']} rows, {r['N']} x {r['K']}: {r['triton']:.1f} us, {r['cublas'] / r['triton']:.2f}x cuBLASLt, "
+              f"{r['bf16'] / r['triton']:.2f}x BF16, weights at {r['weight_tb_s']:.2f} TB/s", flush=True)
     linears = [shown({"name": name, **fp8_linear(*dims)}) for name, dims in V3_LINEARS.items()]
     square = [shown(fp8_linear(dim, dim)) for dim in (256, 512, 1024, 2048, 4096, 8192)]  # where FP8 begins to pay
     record("fp8", "python bench.py fp8", quantization=quantization, products=products, few=few, linears=linears,

@@ -48,6 +48,11 @@ import backend
 if backend.has_triton():
     import triton
     import triton.language as tl
+    from triton.experimental import gluon
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.language.nvidia import hopper
+    from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as SharedDescriptor
     from triton.tools.tensor_descriptor import TensorDescriptor
 
 BLOCK = 128                                   # numbers along the contraction that share a scale
@@ -105,10 +110,11 @@ def step_of(x, mantissa, lowest):
 
 
 def round_to(x, fmt):
-    """float32 -> the nearest number of the format, ties to even, still in float32; |x| at most fmt.largest."""
+    """float32 -> the nearest number of the format, ties to even, still in float32; |x| at most fmt.largest. What
+    vanishes keeps its sign, as it does in a GPU's own cast."""
     # 1.5 * 2^23 steps are so large that float32 itself has no digit left below one step, and rounds there.
     large = 1.5 * 2**23 * step_of(x, fmt.mantissa, fmt.lowest)
-    return (x + large) - large
+    return torch.copysign((x + large) - large, x)
 
 
 def round_up(scale):
@@ -134,6 +140,13 @@ def quantize_torch(x, rows=1, fmt=E4M3, pow2=False):
     bad = ~amax.isfinite()
     values = values.masked_fill(bad, 0).flatten(-2).flatten(-3, -2)[..., :M, :K].to(fmt.dtype)
     return Quantized(values.contiguous(), scale.masked_fill(bad, torch.nan).squeeze((-3, -1)))
+
+
+def swiglu_torch(h, weight=None):
+    """silu(a) * b in float32 for h = [a, b]: [R, 2F] -> [R, F]; times the rows' weight [R] if there is one."""
+    a, b = h.to(torch.float32).chunk(2, -1)
+    out = F.silu(a) * b
+    return out if weight is None else out * weight[:, None]
 
 
 # --- the product ------------------------------------------------------------------------------------------------------
@@ -177,9 +190,17 @@ def empty(*shape, device):
 
 
 if backend.has_triton():
+    INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
     @triton.jit
-    def scale_of(amax, POW2: tl.constexpr):
-        """The scale of a tile with the largest number amax, inf if one of them is none."""
+    def size(x):
+        """|x| as an integer, in the same order: NaN is above infinity, and that above all numbers."""
+        return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+    @triton.jit
+    def scale_of(largest, POW2: tl.constexpr):
+        """The scale of a tile; largest: the size of its largest number."""
+        amax = largest.to(tl.float32, bitcast=True)
         scale = tl.maximum(tl.div_rn(amax, 448.0), 1.1754943508222875e-38)
         if POW2:
             scale = (((scale.to(tl.int32, bitcast=True) + 0x7FFFFF) >> 23) << 23).to(tl.float32, bitcast=True)
@@ -187,34 +208,74 @@ if backend.has_triton():
 
     @triton.jit
     def to_e4m3(x, scale):
-        """x / scale in E4M3. Rounded before it is cast: a GPU's own cast would do, the interpreter's would not."""
+        """x / scale in E4M3. A GPU's cast rounds as the reference does; the interpreter's cuts off, so there it gets
+        what is already rounded."""
         x = tl.where(scale == scale, x * tl.div_rn(1.0, scale), 0.0)
-        x = tl.minimum(tl.maximum(x, -448.0), 448.0)
-        exponent = tl.maximum(((x.to(tl.int32, bitcast=True) >> 23) & 255) - 127, -6)
-        large = ((exponent - 3 + 127) << 23).to(tl.float32, bitcast=True) * 12582912.0
-        return ((x + large) - large).to(tl.float8e4nv)
+        if INTERPRETED:
+            clamped = tl.minimum(tl.maximum(x, -448.0), 448.0)
+            exponent = tl.maximum((size(clamped) >> 23) - 127, -6)
+            large = ((exponent - 3 + 127) << 23).to(tl.float32, bitcast=True) * 12582912.0
+            sign = x.to(tl.int32, bitcast=True) & -0x80000000
+            x = (size((clamped + large) - large) | sign).to(tl.float32, bitcast=True)
+        return x.to(tl.float8e4nv)
 
     @triton.jit
-    def quantize_kernel(x, x_scale, row, row_scale, column, column_scale, M, K, x_stride, x_scale_m, x_scale_k,
-                        row_stride, column_stride, SCALED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-                        POW2: tl.constexpr, BLOCK_M: tl.constexpr):
-        """BLOCK_M x 128 of x: read once, written in 1x128 tiles and (BLOCK_M = 128) transposed in 128x1 tiles."""
-        m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    def norm_kernel(x, weight, r, row, row_scale, M, K, eps, x_stride, row_stride, ROWS: tl.constexpr,
+                    POW2: tl.constexpr, TILES: tl.constexpr):
+        """1 / rms of a row of x, and (ROWS) what RMSNorm makes of it in 1x128 tiles."""
+        m = tl.program_id(0).to(tl.int64)
+        tile, k = tl.arange(0, TILES), tl.arange(0, TILES)[:, None] * 128 + tl.arange(0, 128)[None, :]
+        value = tl.load(x + m * x_stride + k, mask=k < K, other=0.0).to(tl.float32)                     # [TILES, 128]
+        mean = tl.div_rn(tl.sum(tl.sum(value * value, 1), 0), K + 0.0)
+        inverse = tl.div_rn(1.0, tl.sqrt_rn(mean + eps))
+        tl.store(r + m, inverse)
+        if ROWS:
+            value = value * inverse * tl.load(weight + k, mask=k < K, other=0.0).to(tl.float32)
+            scale = scale_of(tl.max(size(value), 1), POW2)
+            tl.store(row_scale + tile * M + m, scale, mask=tile * 128 < K)
+            tl.store(row + m * row_stride + k, to_e4m3(value, scale[:, None]), mask=k < K)
+
+    @triton.jit
+    def quantize_kernel(x, x_scale, weight, r, row, row_scale, column, column_scale, M, K, x_stride, x_scale_m,
+                        x_scale_k, row_stride, column_stride, SCALED: tl.constexpr, BEFORE: tl.constexpr,
+                        ROWS: tl.constexpr, COLUMNS: tl.constexpr, POW2: tl.constexpr, BLOCK_M: tl.constexpr,
+                        APART: tl.constexpr):
+        """BLOCK_M x 128 of before(x): read once, written in 1x128 tiles and (BLOCK_M = 128) transposed in 128x1 tiles.
+
+        APART: rows that the threads load at once. Those of a thread come in steps of APART; we let them be neighbours
+        in x, so that it holds what lies together in the transpose, and stores words and not single bytes.
+        """
+        order = tl.arange(0, BLOCK_M)
+        order = order % APART * (BLOCK_M // APART) + order // APART if COLUMNS else order
+        m = tl.program_id(0).to(tl.int64) * BLOCK_M + order
         k = tl.program_id(1).to(tl.int64) * 128 + tl.arange(0, 128)
         inside = (m < M)[:, None] & (k < K)[None, :]
-        tile = tl.load(x + m[:, None] * x_stride + k[None, :], mask=inside, other=0.0).to(tl.float32)
+        x += m[:, None] * x_stride + k[None, :]
+        x_scale += m * x_scale_m + tl.program_id(1) * x_scale_k
+        tile = tl.load(x, mask=inside, other=0.0).to(tl.float32)
         if SCALED:
-            tile *= tl.load(x_scale + m * x_scale_m + tl.program_id(1) * x_scale_k, mask=m < M, other=0.0)[:, None]
-        size = tl.where(tile == tile, tl.abs(tile), float("inf"))
+            tile *= tl.load(x_scale, mask=m < M, other=0.0)[:, None]
+        if BEFORE == "norm":
+            tile *= tl.load(r + m, mask=m < M, other=0.0)[:, None]
+            tile *= tl.load(weight + k, mask=k < K, other=0.0).to(tl.float32)[None, :]
+        if BEFORE == "SwiGLU":
+            up = tl.load(x + K, mask=inside, other=0.0).to(tl.float32)
+            if SCALED:
+                up *= tl.load(x_scale + K // 128 * x_scale_k, mask=m < M, other=0.0)[:, None]
+            tile = tile / (1 + tl.exp(-tile)) * up
+            if weight is not None:
+                tile *= tl.load(weight + m, mask=m < M, other=0.0).to(tl.float32)[:, None]
         if ROWS:
-            scale = scale_of(tl.max(size, 1), POW2)
+            scale = scale_of(tl.max(size(tile), 1), POW2)
             tl.store(row_scale + tl.program_id(1) * M + m, scale, mask=m < M)
             tl.store(row + m[:, None] * row_stride + k[None, :], to_e4m3(tile, scale[:, None]), mask=inside)
         if COLUMNS:
-            scale = scale_of(tl.max(size, 0), POW2)
+            scale = scale_of(tl.max(size(tile), 0), POW2)
             tl.store(column_scale + tl.program_id(0) * K + k, scale, mask=k < K)
-            tl.store(column + k[:, None] * column_stride + m[None, :], to_e4m3(tile, scale[None, :]).T,
-                     mask=(k < K)[:, None] & (m < M)[None, :])
+            q = to_e4m3(tile, scale[None, :])
+            q = tl.trans(q.reshape(BLOCK_M // APART, APART, 128), 2, 1, 0).reshape(128, BLOCK_M)    # in x's own order
+            m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+            tl.store(column + k[:, None] * column_stride + m[None, :], q, mask=(k < K)[:, None] & (m < M)[None, :])
 
     @triton.jit
     def blocks_kernel(w, q, q_scale, M, K, q_stride):
@@ -223,7 +284,7 @@ if backend.has_triton():
         m, k = i * 128 + tl.arange(0, 128), j * 128 + tl.arange(0, 128)
         inside = (m < M)[:, None] & (k < K)[None, :]
         block = tl.load(w + e * M * K + m.to(tl.int64)[:, None] * K + k[None, :], mask=inside, other=0.0).to(tl.float32)
-        scale = scale_of(tl.max(tl.where(block == block, tl.abs(block), float("inf"))), False)
+        scale = scale_of(tl.max(size(block)), False)
         tl.store(q_scale + (e * tl.num_programs(0) + i) * tl.num_programs(1) + j, scale)
         tl.store(q + e * M * q_stride + m.to(tl.int64)[:, None] * q_stride + k[None, :], to_e4m3(block, scale),
                  mask=inside)
@@ -265,21 +326,197 @@ if backend.has_triton():
             total += tl.load(y, mask=inside, other=0.0)
         tl.store(y, total, mask=inside)
 
+    # The same for Hopper, with the roles handed out: in Gluon, which is Triton with layouts and waits written by hand.
+    # One warp does nothing but start loads, into a ring of slots; two or three groups of four warps wait for a slot to
+    # be full, multiply 64 rows each, say that it is empty, and add up, while another group multiplies. One program for
+    # each multiprocessor takes tile after tile, so that the loads of the next one begin before this one is stored.
+    #
+    #       load    | a0 b0 | a1 b1 | a2 b2 | ...                full[slot]: its bytes have come
+    #       group 0         | dot  | add  | dot  | add  |        empty[slot]: all groups have read it
+    #       group 1         |      | dot  | add  | dot  | add
+
+    load_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared        # Triton 3.7 renamed them
+    store_tile = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+
+    @gluon.jit
+    def place(tile, M, N, GROUPS: gl.constexpr):
+        """Row and column of a tile of GROUPS * 64 x 128: 2048 rows at a time walk over all columns, for the cache."""
+        HEIGHT: gl.constexpr = 2048 // (GROUPS * 64)
+        rows, columns = gl.cdiv(M, GROUPS * 64), gl.cdiv(N, 128)
+        first = tile // (HEIGHT * columns) * HEIGHT
+        height = gl.minimum(rows - first, HEIGHT)
+        return first + tile % (HEIGHT * columns) % height, tile % (HEIGHT * columns) // height
+
+    @gluon.jit
+    def wide_load(a, b, a_scale, b_scale, a_start, b_start, slots, sizes, strides, BLOCKS: gl.constexpr,
+                  GROUPS: gl.constexpr, SLOTS: gl.constexpr):
+        a_slots, b_slots, s_slots, t_slots, full, empty = slots
+        tiles, M, N, steps = sizes
+        a_scale_k, b_scale_n, b_scale_k, y_stride = strides
+        turn = 0
+        for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
+            i, j = place(tile, M, N, GROUPS)
+            for k in range(steps):
+                slot = turn % SLOTS
+                mbarrier.wait(empty.index(slot), turn // SLOTS % 2 ^ 1)                       # the first time at once
+                mbarrier.expect(full.index(slot), GROUPS * 64 * 132 + 128 * (128 if BLOCKS else 132))
+                for group in gl.static_range(GROUPS):
+                    m, to = (i * GROUPS + group) * 64, slot * GROUPS + group
+                    load_tile(a, [m, k * 128], full.index(slot), a_slots.index(to))
+                    load_tile(a_scale, [a_start + k * a_scale_k + m], full.index(slot), s_slots.index(to))
+                load_tile(b, [j * 128, k * 128], full.index(slot), b_slots.index(slot))
+                if not BLOCKS:
+                    load_tile(b_scale, [b_start + k * b_scale_k + j * 128], full.index(slot), t_slots.index(slot))
+                turn += 1
+
+    @gluon.jit
+    def wide_multiply(group, y, b_scale, slots, out, sizes, strides, BLOCKS: gl.constexpr, ADD: gl.constexpr,
+                      STORED: gl.constexpr, GROUPS: gl.constexpr, SLOTS: gl.constexpr):
+        SUM: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 32])
+        a_slots, b_slots, s_slots, t_slots, full, empty = slots
+        tiles, M, N, steps = sizes
+        a_scale_k, b_scale_n, b_scale_k, y_stride = strides
+        zeros = gl.zeros([64, 128], gl.float32, SUM)
+        turn = 0
+        for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
+            i, j = place(tile, M, N, GROUPS)
+            total = zeros
+            for k in range(steps):
+                slot = turn % SLOTS
+                if BLOCKS:
+                    t = gl.load(b_scale + j * b_scale_n + k * b_scale_k)
+                mbarrier.wait(full.index(slot), turn // SLOTS % 2)
+                dot = hopper.warpgroup_mma(a_slots.index(slot * GROUPS + group), b_slots.index(slot).permute((1, 0)),
+                                           zeros, use_acc=False, is_async=True)
+                s = s_slots.index(slot * GROUPS + group).load(gl.SliceLayout(1, SUM))
+                if BLOCKS:
+                    s *= t
+                else:
+                    t = t_slots.index(slot).load(gl.SliceLayout(0, SUM))
+                dot = hopper.warpgroup_mma_wait(0, [dot])
+                mbarrier.arrive(empty.index(slot), count=1)
+                if BLOCKS:
+                    total += dot * s[:, None]
+                else:
+                    total += dot * s[:, None] * t[None, :]
+                turn += 1
+            m, n = (i * GROUPS + group) * 64, j * 128
+            if STORED:                                                        # BF16, stored while the next tile begins
+                tma.store_wait(0)
+                out.index(group).store(total.to(gl.bfloat16))
+                hopper.fence_async_shared()
+                store_tile(y, [m, n], out.index(group))
+            else:
+                m, n = m + gl.arange(0, 64, gl.SliceLayout(1, SUM)), n + gl.arange(0, 128, gl.SliceLayout(0, SUM))
+                at, inside = y + m.to(gl.int64)[:, None] * y_stride + n[None, :], (m < M)[:, None] & (n < N)[None, :]
+                if ADD:                                            # nobody else adds here, so there is one order only
+                    gl.atomic_add(at, total, mask=inside, sem="relaxed")
+                else:
+                    gl.store(at, total.to(y.dtype.element_ty), mask=inside)
+        if STORED:
+            tma.store_wait(0)
+
+    @gluon.jit
+    def wide_kernel(a, b, y, a_scale, b_scale, t_scale, a_start, t_start, tiles, M, N, steps, a_scale_k, b_scale_n,
+                    b_scale_k, y_stride, BLOCKS: gl.constexpr, ADD: gl.constexpr, STORED: gl.constexpr,
+                    GROUPS: gl.constexpr, SLOTS: gl.constexpr):
+        """gemm_kernel in tiles of GROUPS * 64 x 128. a, b, a_scale, t_scale (b's, not BLOCKS) and y (STORED) are
+        descriptors."""
+        share: gl.constexpr = gl.allocate_shared_memory
+        slots = (share(gl.float8e4nv, [SLOTS * GROUPS, 64, 128], a.layout),
+                 share(gl.float8e4nv, [SLOTS, 128, 128], b.layout),
+                 share(gl.float32, [SLOTS * GROUPS, 64], a_scale.layout),
+                 share(gl.float32, [SLOTS, 128], a_scale.layout),
+                 share(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout()),
+                 share(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout()))
+        for slot in gl.static_range(SLOTS):
+            mbarrier.init(slots[4].index(slot), count=1)
+            mbarrier.init(slots[5].index(slot), count=GROUPS)
+        hopper.fence_async_shared()
+        out = share(gl.bfloat16, [GROUPS, 64, 128], y.layout) if STORED else slots[0]
+        sizes, strides = (tiles, M, N, steps), (a_scale_k, b_scale_n, b_scale_k, y_stride)
+        # One warp needs few registers, and groups of 64 x 128 sums many: 240, or 160 if there are three.
+        if GROUPS == 2:
+            gl.warp_specialize([
+                (wide_multiply, (0, y, b_scale, slots, out, sizes, strides, BLOCKS, ADD, STORED, GROUPS, SLOTS)),
+                (wide_multiply, (1, y, b_scale, slots, out, sizes, strides, BLOCKS, ADD, STORED, GROUPS, SLOTS)),
+                (wide_load, (a, b, a_scale, t_scale, a_start, t_start, slots, sizes, strides, BLOCKS, GROUPS, SLOTS))],
+                [4, 1], [240, 24])
+        else:
+            gl.warp_specialize([
+                (wide_multiply, (0, y, b_scale, slots, out, sizes, strides, BLOCKS, ADD, STORED, GROUPS, SLOTS)),
+                (wide_multiply, (1, y, b_scale, slots, out, sizes, strides, BLOCKS, ADD, STORED, GROUPS, SLOTS)),
+                (wide_multiply, (2, y, b_scale, slots, out, sizes, strides, BLOCKS, ADD, STORED, GROUPS, SLOTS)),
+                (wide_load, (a, b, a_scale, t_scale, a_start, t_start, slots, sizes, strides, BLOCKS, GROUPS, SLOTS))],
+                [4, 4, 1], [160, 160, 24])
+
+    # Few rows, as in decoding: reading the weight is all there is to do. Its rows become those of the product, of which
+    # the tensor cores want 64, y^T = W x^T; where they are too few to keep the GPU busy, K is shared out as well.
+
+    @triton.jit
+    def few_kernel(a, b, y, a_scale, b_scale, M, N, steps, share, y_share, y_stride, a_scale_k, b_scale_n, b_scale_k,
+                   BLOCK_M: tl.constexpr, STAGES: tl.constexpr):
+        """64 columns of y [M, N], or of one share of the sums."""
+        n, m, first = tl.program_id(0) * 64 + tl.arange(0, 64), tl.arange(0, BLOCK_M), tl.program_id(1) * share
+        total = tl.zeros([64, BLOCK_M], tl.float32)
+        for k in tl.range(first, min(steps, first + share), num_stages=STAGES):
+            dot = tl.dot(b.load([tl.program_id(0) * 64, k * 128]), a.load([0, k * 128]).T)
+            s = tl.load(a_scale + m + k * a_scale_k, mask=m < M, other=0.0)
+            total += dot * (s * tl.load(b_scale + tl.program_id(0) // 2 * b_scale_n + k * b_scale_k))[None, :]
+        y += tl.program_id(1).to(tl.int64) * y_share + m[None, :] * y_stride + n[:, None]
+        tl.store(y, total, mask=(m < M)[None, :] & (n < N)[:, None])
+
+    @triton.jit
+    def sum_kernel(parts, y, N, size, y_stride, SHARES: tl.constexpr, BLOCK_N: tl.constexpr):
+        n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+        total = tl.zeros([BLOCK_N], tl.float32)
+        for share in tl.static_range(SHARES):
+            total += tl.load(parts + share * size + tl.program_id(1) * N + n, mask=n < N, other=0.0)
+        tl.store(y + tl.program_id(1) * y_stride + n, total, mask=n < N)
+
+
+def launch(x, M, K, pow2, rows, columns, before=None, weight=None, r=None):
+    """quantize_kernel on before(x), an M x K matrix -> its 1x128 tiles or None, its 128x1 tiles or None."""
+    q = x if isinstance(x, Quantized) else None
+    x = q.values if q else x if x.stride(1) == 1 else x.contiguous()
+    make = lambda *shape: torch.empty(*shape, dtype=torch.float32, device=x.device)
+    m, k, BLOCK_M, warps = triton.cdiv(M, BLOCK), triton.cdiv(K, BLOCK), *((BLOCK, 8) if columns else (32, 4))
+    row = Quantized(empty(M, K, device=x.device), make(k, M).t()) if rows else None
+    column = Quantized(empty(K, M, device=x.device), make(m, K).t()) if columns else None
+    a, b, s = row or column, column or row, q.scale if q else x            # what is not asked for is not written
+    APART = warps * 32 * 16 // (BLOCK * x.element_size())                  # each thread loads 16 bytes of a row
+    quantize_kernel[triton.cdiv(M, BLOCK_M), k](
+        x, s, weight, r, a.values, a.scale, b.values, b.scale, M, K, x.stride(0), *s.stride(), a.values.stride(0),
+        b.values.stride(0), q is not None, before, rows, columns, pow2, BLOCK_M, APART, num_warps=warps)
+    return row, column
+
 
 def quantize_triton(x, pow2=False, rows=True, columns=False):
     """x [M, K], plain or Quantized in 1x128 -> (its 1x128 tiles or None, its 128x1 tiles as the transpose or None), in
     one pass over x. The bits are quantize_torch's."""
-    q = x if isinstance(x, Quantized) else None
-    x = q.values if q else x if x.stride(1) == 1 else x.contiguous()
-    (M, K), make = x.shape, lambda *shape: torch.empty(*shape, dtype=torch.float32, device=x.device)
-    m, k, BLOCK_M = triton.cdiv(M, BLOCK), triton.cdiv(K, BLOCK), BLOCK if columns else 32
-    row = Quantized(empty(M, K, device=x.device), make(k, M).t()) if rows else None
-    column = Quantized(empty(K, M, device=x.device), make(m, K).t()) if columns else None
-    r, c, s = row or column, column or row, q.scale if q else x            # what is not asked for is not written
-    quantize_kernel[triton.cdiv(M, BLOCK_M), k](
-        x, s, r.values, r.scale, c.values, c.scale, M, K, x.stride(0), *s.stride(), r.values.stride(0),
-        c.values.stride(0), q is not None, rows, columns, pow2, BLOCK_M, num_warps=8 if columns else 4)
-    return row, column
+    return launch(x, *(x.values if isinstance(x, Quantized) else x).shape, pow2, rows, columns)
+
+
+def swiglu_quantize_triton(h, weight=None, pow2=False, rows=True, columns=False):
+    """quantize_triton of swiglu_torch(h, weight), which is never written; h plain or Quantized in 1x128. The bits are
+    those of quantize_torch but for the last two of exp."""
+    if isinstance(h, Quantized) and h.values.shape[1] % (2 * BLOCK):                       # its halves share a tile
+        h = h.dequantize()
+    M, K = (h.values if isinstance(h, Quantized) else h).shape
+    return launch(h, M, K // 2, pow2, rows, columns, "SwiGLU", weight)
+
+
+def norm_quantize_triton(x, weight, eps, pow2=False, rows=True, columns=False):
+    """quantize_triton of RMSNorm(x) * weight in float32, which is never written: x [M, K] with rows of up to 16384.
+    The bits are those of quantize_torch but for the order in which a row's squares are summed."""
+    x = x if x.stride(1) == 1 else x.contiguous()
+    (M, K), k = x.shape, triton.cdiv(x.shape[1], BLOCK)
+    r, scale = (torch.empty(*shape, dtype=torch.float32, device=x.device) for shape in ((M,), (k if rows else 0, M)))
+    row = Quantized(empty(M if rows else 0, K, device=x.device), scale.t())
+    norm_kernel[M,](x, weight, r, row.values, row.scale, M, K, eps, x.stride(0), row.values.stride(0), rows, pow2,
+                    triton.next_power_of_2(k), num_warps=8)
+    column = launch(x, M, K, pow2, False, True, "norm", weight, r)[1] if columns else None
+    return row if rows else None, column
 
 
 def blocks_triton(w):
@@ -300,17 +537,74 @@ def transpose_triton(q):
     return Quantized(t, q.scale.mT)
 
 
-def gemm_triton(a, b, y, add=False):
+def descriptor(q, rows):
+    return TensorDescriptor(q.values, list(q.values.shape), list(q.values.stride()), [rows, BLOCK])
+
+
+def gemm_plain(a, b, y, add=False):
     """gemm_torch into y [M, N], or added to it; the operands' rows begin at multiples of 16 bytes (quantize_triton,
     blocks_triton)."""
     (M, K), N, BLOCK_M = a.values.shape, len(b.values), 64
-    a8, b8 = (TensorDescriptor(q.values, list(q.values.shape), list(q.values.stride()), [rows, BLOCK])
-              for q, rows in ((a, BLOCK_M), (b, BLOCK)))
     # One row of b is both a row and a block, and then either reading is right.
     gemm_kernel[triton.cdiv(M, BLOCK_M) * triton.cdiv(N, BLOCK),](
-        a8, b8, y, a.scale, b.scale, M, N, K, y.stride(0), *a.scale.stride(), *b.scale.stride(), len(b.scale) < N, add,
-        BLOCK_M, GROUP=16, num_warps=4)
+        descriptor(a, BLOCK_M), descriptor(b, BLOCK), y, a.scale, b.scale, M, N, K, y.stride(0), *a.scale.stride(),
+        *b.scale.stride(), len(b.scale) < N, add, BLOCK_M, GROUP=16, num_warps=4)
     return y
+
+
+def gemm_wide(a, b, y, add=False):
+    """gemm_plain on Hopper, with each column of a 1x128 operand's scales in one piece, as quantize_triton writes them;
+    add: y FP32."""
+    (M, N), blocks = y.shape, len(b.scale) < len(b.values)
+    programs = backend.multiprocessors(y.device)
+    # 192 rows a tile read less than 128 do, about 7% of the time; but the last turn may leave more programs idle.
+    turns = {groups: triton.cdiv(triton.cdiv(M, 64 * groups) * triton.cdiv(N, BLOCK), programs) for groups in (2, 3)}
+    GROUPS, SLOTS = (3, 4) if blocks and turns[3] * 3 * 0.93 < turns[2] * 2 else (2, 5)
+    tiles = triton.cdiv(M, 64 * GROUPS) * triton.cdiv(N, BLOCK)
+
+    def matrix(x, rows, bits):
+        layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=bits, rank=2)
+        return SharedDescriptor(x, list(x.shape), list(x.stride()), [rows, 128], layout)
+
+    def column(scale, rows):
+        """A descriptor of all its columns in a row, from the storage's start, which is aligned where a slice is not."""
+        size, layout = scale.untyped_storage().nbytes() // 4, gl.NVMMASharedLayout(0, 32, 1)
+        return SharedDescriptor(scale.as_strided((size,), (1,), 0), [size], [1], [rows], layout)
+
+    stored = y.dtype == torch.bfloat16 and y.stride(0) % 8 == 0 and y.data_ptr() % 16 == 0
+    wide_kernel[min(programs, tiles),](
+        matrix(a.values, 64, 8), matrix(b.values, BLOCK, 8), matrix(y, 64, 16) if stored else y, column(a.scale, 64),
+        b.scale, b.scale if blocks else column(b.scale, BLOCK), a.scale.storage_offset(), b.scale.storage_offset(),
+        tiles, M, N, a.scale.shape[1], a.scale.stride(1), *b.scale.stride(), y.stride(0), blocks, add, stored, GROUPS,
+        SLOTS, num_warps=4)
+    return y
+
+
+FEW = 128                                     # rows, up to which a product is bound by reading the weight
+
+
+def gemm_few(a, b, y):
+    """gemm_plain for up to FEW rows and b in blocks; a's scales as for gemm_wide."""
+    (M, N), steps = y.shape, a.scale.shape[1]
+    BLOCK_M, blocks = max(16, triton.next_power_of_2(M)), triton.cdiv(N, 64)
+    shares = max(1, min(2 * backend.multiprocessors(y.device) // blocks, steps // 8))
+    parts = y if shares == 1 else torch.empty(shares, M, N, dtype=torch.float32, device=y.device)
+    few_kernel[blocks, shares](
+        descriptor(a, BLOCK_M), descriptor(b, 64), parts, a.scale, b.scale, M, N, steps, triton.cdiv(steps, shares),
+        M * N, parts.stride(-2), a.scale.stride(1), *b.scale.stride(), BLOCK_M, {16: 6, 32: 6, 64: 4, 128: 3}[BLOCK_M])
+    if shares > 1:
+        sum_kernel[triton.cdiv(N, 1024), M](parts, y, N, M * N, y.stride(0), shares, 1024)
+    return y
+
+
+def gemm_triton(a, b, y, add=False):
+    """gemm_torch into y [M, N], or (add, y FP32) added to it, by the kernel that is made for the shape and the GPU."""
+    (M, N), columns = y.shape, a.scale.stride(0) == 1 and (len(b.scale) < len(b.values) or b.scale.stride(0) == 1)
+    if not y.is_cuda or not backend.hopper(y.device) or not columns:
+        return gemm_plain(a, b, y, add)
+    if M <= FEW and len(b.scale) < N and not add:
+        return gemm_few(a, b, y)
+    return gemm_wide(a, b, y, add)
 
 
 def takes_cublas(a, b, y):
@@ -351,6 +645,20 @@ def quantize_columns(x, pow2=False, reference=False):
     return quantize_torch((x.dequantize() if q else x).mT, pow2=pow2)
 
 
+def quantize_swiglu(h, gate=None, pow2=False, reference=False):
+    """quantize of swiglu_torch(h, gate)."""
+    if fast(h, reference):
+        return swiglu_quantize_triton(h, gate, pow2)[0]
+    return quantize_torch(swiglu_torch(h, gate), pow2=pow2)
+
+
+def quantize_swiglu_columns(h, gate=None, pow2=False, reference=False):
+    """quantize_columns of swiglu_torch(h, gate); h Quantized in 1x128 tiles."""
+    if fast(h.values, reference):
+        return swiglu_quantize_triton(h, gate, pow2, rows=False, columns=True)[1]
+    return quantize_torch(swiglu_torch(h.dequantize(), gate).mT, pow2=pow2)
+
+
 def quantize_both(x, reference=False):
     """x [M, K] -> (quantize, quantize_columns) of it: what Dgrad and Wgrad need of a gradient."""
     return quantize_triton(x, columns=True) if fast(x, reference) else (quantize_torch(x), quantize_torch(x.mT))
@@ -378,14 +686,6 @@ def gemm(a, b, y, reference=False, add=False):
 
 
 # --- SwiGLU, between the two products of an FFN -----------------------------------------------------------------------
-
-def swiglu_torch(h, gate=None):
-    """silu(a) * b for h = [a, b], of each row times its gate weight: h [R, 2F], plain or Quantized, gate [R] or None
-    -> float32 [R, F]."""
-    a, b = (h.dequantize() if isinstance(h, Quantized) else h.to(torch.float32)).chunk(2, -1)
-    y = F.silu(a) * b
-    return y if gate is None else y * gate.to(torch.float32)[:, None]
-
 
 def swiglu_backward_torch(h, dy, gate=None):
     """The gradients of swiglu_torch for h Quantized [R, 2F], dy [R, F] -> (dh [R, 2F], dgate [R] or None), each in its
@@ -447,14 +747,15 @@ if backend.has_triton():
         k = tl.program_id(1) * 128 + tl.arange(0, 128)
         inside = (m < M)[:, None] & (k < K)[None, :]
         tile = tl.load(x + m[:, None] * x_stride + k[None, :], mask=inside, other=0.0).to(tl.float32)
-        amax = tl.max(tl.where(tile == tile, tl.abs(tile), float("inf")), 1)
+        amax = tl.max(size(tile), 1).to(tl.float32, bitcast=True)
         scale = tl.maximum(tl.div_rn(amax, 65024.0), 1.1754943508222875e-38)
         scale = (((scale.to(tl.int32, bitcast=True) + 0x7FFFFF) >> 23) << 23).to(tl.float32, bitcast=True)
         good = amax < float("inf")
         tile = tl.where(good[:, None], tile * tl.div_rn(1.0, scale)[:, None], 0.0)
-        exponent = tl.maximum(((tile.to(tl.int32, bitcast=True) >> 23) & 255) - 127, -14)
+        exponent = tl.maximum((size(tile) >> 23) - 127, -14)
         large = ((exponent - 6 + 127) << 23).to(tl.float32, bitcast=True) * 12582912.0
-        tl.store(q + m[:, None] * K + k[None, :], ((tile + large) - large).to(tl.float16), mask=inside)
+        tile = size((tile + large) - large) | (tile.to(tl.int32, bitcast=True) & -0x80000000)
+        tl.store(q + m[:, None] * K + k[None, :], tile.to(tl.float32, bitcast=True).to(tl.float16), mask=inside)
         tl.store(q_scale + tl.program_id(1) * M + m, tl.where(good, scale, float("nan")), mask=m < M)
 
 
@@ -539,7 +840,8 @@ class Products(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, ends, recipe, swiglu=False, gate=None):
-        a = quantize(swiglu_torch(x, gate) if swiglu else x, recipe.pow2, recipe.reference)
+        a = quantize_swiglu(x, gate, recipe.pow2, recipe.reference) if swiglu else \
+            quantize(x, recipe.pow2, recipe.reference)
         w, y = quantized(weight, recipe.reference), x.new_empty(len(x), weight.shape[-2])
         for e, rows in busy(ends):
             gemm(a[rows], w[e], y[rows], recipe.reference)
@@ -577,8 +879,9 @@ def wgrad(weight, dy_columns, x, ends, recipe, swiglu=False, gate=None, grad=Non
         grad = (torch.empty_like if len(dy_columns) == len(ends) else torch.zeros_like)(weight)
     stack = grad.view(-1, *weight.shape[-2:])
     for e, rows in busy(ends):
-        a = swiglu_torch(x[rows], None if gate is None else gate[rows]) if swiglu else x[rows]
-        columns = quantize_columns(a, recipe.pow2, recipe.reference)                          # [in, its rows]
+        own = None if gate is None else gate[rows]
+        columns = quantize_swiglu_columns(x[rows], own, recipe.pow2, recipe.reference) \
+            if swiglu else quantize_columns(x[rows], recipe.pow2, recipe.reference)           # [in, its rows]
         gemm(dy_columns[e], columns, stack[e], recipe.reference, add)
     return grad
 

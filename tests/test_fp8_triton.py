@@ -10,6 +10,7 @@ from conftest import GPU, no_triton
 
 import backend
 import fp8
+from bench import cublas
 from fp8 import E4M3, E5M6, Quantized, gemm_torch, quantize_torch
 
 DEVICE = "cuda" if GPU else "cpu"
@@ -78,6 +79,59 @@ def test_what_the_linear_after_attention_keeps_is_the_references_bit_for_bit(M, 
         torch.testing.assert_close(q.scale, expected.scale, rtol=0, atol=0, equal_nan=True)
 
 
+def close(ours, theirs):
+    """The same, but for a last bit before the rounding: nearly all values equal, none further than one step away."""
+    assert ours.scale.shape == theirs.scale.shape and ours.values.shape == theirs.values.shape
+    torch.testing.assert_close(ours.scale, theirs.scale, rtol=1e-6, atol=0, equal_nan=True)
+    assert (ours.values.view(torch.uint8) == theirs.values.view(torch.uint8)).float().mean() > 0.995
+    x, y = ours.dequantize(), theirs.dequantize()
+    step = torch.maximum(y.abs() / 8, y.abs().max() / 448 * 2**-9)
+    assert ((x - y).abs() <= 1.01 * step)[y.isfinite()].all()
+
+
+def both(before, x, *extra, **options):
+    """The kernel's rows and columns, each alone and the two together."""
+    row, column = before(x, *extra, columns=True, **options)
+    equal(before(x, *extra, **options)[0], row)
+    none, alone = before(x, *extra, rows=False, columns=True, **options)
+    assert none is None
+    equal(alone, column)
+    return row, column
+
+
+@pytest.mark.parametrize("M, K", [(3, 127), (129, 300)] + [(1000, 7168)] * GPU)
+def test_rmsnorm_is_quantized_in_the_pass_that_computes_it(M, K):
+    def norm(x):
+        mean = x.square().sum(-1, keepdim=True) / torch.full((M, 1), float(K), device=DEVICE)
+        root = (mean + 1e-6).double().sqrt().float()                              # a CPU's may be off by a bit
+        return x * root.reciprocal() * weight
+    weight = torch.randn(K, device=DEVICE)
+    whole = torch.randint(-8, 9, (M, K), device=DEVICE).float()                # squares that no order of summing rounds
+    for pow2 in (False, True):
+        row, column = both(fp8.norm_quantize_triton, whole, weight, 1e-6, pow2=pow2)
+        equal(row, quantize_torch(norm(whole), pow2=pow2))
+        equal(column, quantize_torch(norm(whole).t(), pow2=pow2))
+    x = samples(M, K)["bf16"].to(DEVICE)
+    row, column = both(fp8.norm_quantize_triton, x, weight, 1e-6)
+    close(row, quantize_torch(norm(x.float())))
+    close(column, quantize_torch(norm(x.float()).t()))
+
+
+@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "times the gate's weight"])
+@pytest.mark.parametrize("M, F", [(3, 127), (129, 256)] + [(1000, 2048)] * GPU)
+def test_swiglu_is_quantized_in_the_pass_that_computes_it(M, F, weighted):
+    weight = torch.rand(M, device=DEVICE) if weighted else None
+    # Where exp is 0 or infinite, silu(a) is a or 0, and nothing depends on how exp rounds.
+    certain = torch.randn(M, 2 * F, device=DEVICE)
+    certain[:, :F] = torch.tensor([-200.0, 0.0, 120.0, 333.0], device=DEVICE)[torch.randint(4, (M, F), device=DEVICE)]
+    plain = torch.randn(M, 2 * F, device=DEVICE).to(torch.bfloat16)
+    for h, same in ((certain, equal), (plain, close), (fp8.quantize_triton(plain)[0], close)):  # the last: kept in FP8
+        row, column = both(fp8.swiglu_quantize_triton, h, weight)
+        y = fp8.swiglu_torch(h.dequantize() if isinstance(h, Quantized) else h, weight)
+        same(row, quantize_torch(y))
+        same(column, quantize_torch(y.t()))
+
+
 @pytest.mark.parametrize("E, M, K", [(1, 1, 1), (1, 130, 300), (3, 128, 40), (2, 200, 128)])
 def test_blocks_and_their_transpose_are_quantized_bit_for_bit(E, M, K):
     for name, w in samples(E * M, K).items():
@@ -95,19 +149,60 @@ def test_every_number_of_the_format_comes_through_the_cast():
     assert torch.equal(fp8.quantize_triton(x)[0].values.float(), x)
 
 
-@pytest.mark.parametrize("blocks", [True, False], ids=["Fprop, Dgrad", "Wgrad"])
-@pytest.mark.parametrize("M, N, K", [(1, 1, 1), (1, 130, 127), (64, 128, 128), (70, 300, 260), (1100, 130, 50)])
-def test_the_product_is_the_references(M, N, K, blocks):
+HOPPER = GPU and backend.hopper(torch.device("cuda"))
+PRODUCTS = [fp8.gemm_plain, fp8.gemm_few] + [fp8.gemm_wide] * HOPPER
+
+
+def operands(M, N, K, blocks):
+    """a and b whose numbers, and whose tiles' scales, differ by orders of magnitude."""
     spread = torch.logspace(-3, 3, K, device=DEVICE)
     a = fp8.quantize_triton(torch.randn(M, K, device=DEVICE) * spread)[0]
     w = torch.randn(N, K, device=DEVICE) * torch.logspace(-1, 2, N, device=DEVICE)[:, None]
-    b = fp8.blocks_triton(w[None])[0] if blocks else fp8.quantize_triton(w)[0]
-    y = fp8.gemm_triton(a, b, torch.empty(M, N, device=DEVICE))
-    expected = gemm_torch(a, b)
-    error = ((y - expected).norm() / expected.norm()).item()
+    return a, fp8.blocks_triton(w[None])[0] if blocks else fp8.quantize_triton(w)[0]
+
+
+def relative(y, expected):
+    error = ((y.double() - expected.double()).norm() / expected.double().norm()).item()
     print(f"relative Frobenius error {error:.1e}")
-    # The hardware keeps 14 bits of the sums inside 128 that the reference and the interpreter take in float32.
-    assert error < (1e-3 if GPU else 1e-6)
+    return error
+
+
+@pytest.mark.parametrize("blocks", [True, False], ids=["Fprop, Dgrad", "Wgrad"])
+@pytest.mark.parametrize("M, N, K", [(1, 1, 1), (1, 130, 127), (64, 128, 128), (70, 300, 260), (1100, 130, 50)]
+                         + [(4096, 24576, 256), (900, 700, 4000)] * GPU)
+@pytest.mark.parametrize("product", PRODUCTS, ids=lambda product: product.__name__)
+def test_the_product_is_the_references(M, N, K, blocks, product):
+    if product is fp8.gemm_few and (M > fp8.FEW or not blocks):
+        return
+    a, b = operands(M, N, K, blocks)
+    for dtype, limit in ((torch.float32, 1e-3 if GPU else 1e-6), (torch.bfloat16, 2**-8)):        # one bit of BF16
+        # The hardware keeps 14 bits of the sums inside 128 that the reference and the interpreter take in float32.
+        assert relative(product(a, b, torch.empty(M, N, device=DEVICE, dtype=dtype)), gemm_torch(a, b)) < limit
+
+
+def test_few_rows_share_out_the_length_of_the_sums(monkeypatch):
+    monkeypatch.setattr(backend, "multiprocessors", lambda device: 132)
+    for M, N, K in ((5, 70, 4100), (33, 200, 2100)):
+        a, b = operands(M, N, K, True)
+        y = torch.empty(M, 2 * N, device=DEVICE)[:, :N]                                                # rows apart
+        assert relative(fp8.gemm_few(a, b, y), gemm_torch(a, b)) < (1e-3 if GPU else 1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
+@pytest.mark.parametrize("M, N, K", [(4096, 4096, 7168), (4096, 24576, 1536), (64, 4096, 7168), (16, 7168, 2048)])
+def test_the_products_error_against_float64_is_no_larger_than_cublaslts(M, N, K):
+    a, b = operands(M, N, K, True)
+    exact = a.dequantize().double() @ b.dequantize().double().t()
+    theirs = relative(cublas(a, b)(), exact)
+    for product in (fp8.gemm_plain, fp8.gemm_wide, fp8.gemm_few)[:3 if M <= fp8.FEW else 2]:
+        y = product(a, b, torch.empty(M, N, device=DEVICE, dtype=torch.bfloat16))
+        assert relative(y, exact) <= 1.05 * theirs
+    a, b = operands(256, 384, M, False)                                                                # Wgrad's form
+    exact = a.dequantize().double() @ b.dequantize().double().t()
+    theirs = relative(cublas(a, b, torch.float32)(), exact)
+    for product in (fp8.gemm_plain, fp8.gemm_wide):
+        assert relative(product(a, b, torch.empty(256, 384, device=DEVICE)), exact) <= 1.05 * theirs
 
 
 @pytest.mark.parametrize("blocks", [True, False], ids=["Fprop, Dgrad", "Wgrad"])
@@ -122,15 +217,15 @@ def test_where_no_sum_is_rounded_the_product_is_the_references_bit_for_bit(block
     assert torch.equal(fp8.gemm_triton(a, b, torch.empty(M, N, device=DEVICE)), gemm_torch(a, b))
 
 
-def test_a_product_is_added_to_the_gradient_that_is_there():
+@pytest.mark.parametrize("product", [fp8.gemm_plain] + [fp8.gemm_wide] * HOPPER, ids=lambda product: product.__name__)
+def test_a_product_is_added_to_the_gradient_that_is_there(product):
     a, b = (fp8.quantize_triton(torch.randn(n, 150, device=DEVICE))[0] for n in (70, 140))
     before = torch.randn(70, 140, device=DEVICE)
-    for reference in (True, False):
-        y = fp8.gemm(a, b, before.clone(), reference, add=True)
-        expected = before + gemm_torch(a, b)
-        assert ((y - expected).norm() / expected.norm()) < 1e-3
-    y = fp8.gemm_triton(a, b, before.clone(), add=True)
-    assert ((y - expected).norm() / expected.norm()) < 1e-3
+    expected = before + gemm_torch(a, b)
+    for y in (fp8.gemm(a, b, before.clone(), reference=True, add=True), fp8.gemm(a, b, before.clone(), add=True),
+              product(a, b, before.clone(), add=True)):
+        assert relative(y, expected) < 1e-3
+    assert torch.equal(product(a, b, before.clone(), add=True), y), "the same bits each time"
 
 
 def test_the_rows_of_one_expert_are_multiplied_where_they_lie():
@@ -165,46 +260,3 @@ def test_a_whole_linear_on_the_kernels_is_the_references(kept, monkeypatch):
         grads.append((y.detach(), inputs.grad, layer.weight.grad))
     for name, ours, theirs in zip(("y", "dx", "dW"), grads[1], grads[0]):
         assert (ours - theirs).norm() / theirs.norm() < (2e-3 if GPU else 1e-6), name
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not GPU, reason="cuBLASLt's product needs a GPU with FP8")
-@pytest.mark.parametrize("M, N, K", [(4096, 512, 7168), (256, 384, 144), (128, 128, 512)])
-def test_cublaslts_product_is_the_references(M, N, K):
-    a = fp8.quantize_triton(torch.randn(M, K, device="cuda"))[0]
-    b = fp8.blocks_triton(torch.randn(1, N, K, device="cuda"))[0]
-    y = torch.empty(M, N, device="cuda", dtype=torch.bfloat16)
-    if not fp8.takes_cublas(a, b, y):
-        pytest.skip("not a Hopper GPU")
-    expected = gemm_torch(a, b)
-    assert ((fp8.gemm_cublas(a, b, y).float() - expected).norm() / expected.norm()) < 3e-3
-
-
-@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
-@pytest.mark.parametrize("R, F", [(1, 1), (37, 40), (130, 200), (16, 256)])
-def test_swiglus_gradient_from_what_was_kept_is_the_references(R, F, gated):
-    h = fp8.quantize_triton(torch.randn(R, 2 * F, device=DEVICE))[0]
-    dy, gate = torch.randn(R, F, device=DEVICE), torch.rand(R, device=DEVICE) if gated else None
-    inputs = h.dequantize().requires_grad_(), *([gate.clone().requires_grad_()] if gated else [])
-    exact = torch.autograd.grad(fp8.swiglu_torch(*inputs), inputs, dy)
-    for form in (fp8.swiglu_backward_torch, fp8.swiglu_backward_triton):
-        found = form(h, dy, gate)
-        assert gated or found[1] is None
-        for ours, theirs in zip(found, exact):
-            assert ours.shape == theirs.shape and ((ours - theirs).norm() / theirs.norm()) < 1e-5
-
-
-@pytest.mark.parametrize("moments", [torch.float32, torch.bfloat16], ids=["FP32", "BF16"])
-@pytest.mark.parametrize("shape", [(1,), (7, 300), (3, 40, 35)], ids=str)
-def test_a_step_of_adamw_is_the_references(shape, moments):
-    p, grad = (torch.randn(shape, device=DEVICE) * 10.0 ** torch.randint(-4, 2, shape, device=DEVICE) for _ in range(2))
-    m, v = (0.1 * torch.randn(shape, device=DEVICE)).to(moments), torch.rand(shape, device=DEVICE).to(moments)
-    ours, theirs = [t.clone() for t in (p, m, v)], [t.clone() for t in (p, m, v)]
-    numbers, version = (0.9, 0.95, 1e-8, 1 - 1e-3, 0.02, 0.8), ours[0]._version
-    for form, (p, m, v) in ((fp8.adamw_triton, ours), (fp8.adamw_torch, theirs)):
-        form(p, grad, m, v, *numbers)
-    assert ours[0]._version > version
-    for name, a, b in zip("pmv", ours, theirs):
-        # A tie may go the other way by the last bit of float32; and the interpreter cuts off where a GPU rounds.
-        limit = 1e-6 if moments == torch.float32 or name == "p" else 1e-3 if GPU else 5e-3
-        assert ((a.float() - b.float()).norm() / b.float().norm()) < limit, name

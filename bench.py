@@ -1537,6 +1537,27 @@ def tables():
               f"{r['in_turns_ms']:.1f} | {r['hidden']:.0%} |" for r in o["rows"]), "",
             f"{o['gpu']}, two of {o['shape']}, in each chunk. In the figure {o['timeline']['under_kernels']:.0%} of "
             f"the copies lie under kernels."])
+    if m := load("moe"):
+        times = lambda r, form: (r[form]["forward_ms"], r[form]["both_ms"])
+        cell = lambda r, form: "{:.2f}, {:.2f}".format(*times(r, form))
+        beside = lambda r, form: f"{cell(r, form)} ({{:.2f}}x, {{:.2f}}x) | {{:.2f}}x".format(
+            *(theirs / ours for theirs, ours in zip(times(r, "compiled"), times(r, form))),
+            r[form]["kept_bytes"] / r["compiled"]["kept_bytes"])
+        out["moe"] = "\n".join([
+            "| tokens, experts, active, dim, inter | torch.compile: forward, both, ms | BF16 | kept | FP8 | kept |",
+            "|---|---|---|---|---|---|",
+            *(f"| {r['name']}: {r['tokens']:,}, {r['experts']}, {r['chosen']}, {r['dim']}, {r['inter']} | "
+              f"{cell(r, 'compiled')} | {beside(r, 'Triton')} | {beside(r, 'Triton, FP8')} |" for r in m["layers"]), "",
+            "| TFLOP/s of the first product alone | F.grouped_mm | BF16 | FP8 | FP8 and quantizing |",
+            "|---|---|---|---|---|",
+            *(f"| {r['name']} | {r['grouped_mm']:.0f} | {r['bf16']:.0f} | {r['fp8']:.0f} | {r['fp8_quantizing']:.0f} |"
+              for r in m["products"]), "", f"{m['gpu']}, {m['torch']}; casting and quantizing the weights included."])
+    if m := load("step"):
+        out["step"] = "\n".join([
+            "| a training step of config/bench_1b.py | tokens/s | peak memory, GB |", "|---|---|---|",
+            *(f"| {'--compile=True' if r['compiled'] else 'eager'} | {r['tokens_per_s']:,.0f} | "
+              f"{r['peak_bytes'] / 1e9:.1f} |" for r in m["runs"]), "",
+            f"{m['gpu']}, {m['runs'][0]['tokens']:,} tokens."])
     if s:
         rows = lambda s: "\n".join([
             "| drafts | of them accepted | tokens per forward pass | time of the drafts / of a plain step | tokens/s | "

@@ -11,6 +11,7 @@
     moe         the routed experts against torch.compile of F.grouped_mm (a Hopper GPU)
     step        a training step of configs/bench_1b.py on random tokens, eager and compiled (a GPU)
     fp8_error   what promotion to FP32 saves in a product of FP8 numbers, against its length K
+    fp8_tiny    the default job's first 150 steps in FP32 and FP8 (the reference)
     fp8_loss    char in FP32, BF16 and FP8 (the reference): python bench.py fp8_loss --data=FILE
     pipeline    every schedule executed with stages that sleep, against its simulation and torch.distributed.pipelining
     overlap     what a pair of DualPipe's chunks hides on one GPU: V3's blocks, copies in place of the network
@@ -43,7 +44,6 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 import backend
 import cluster
@@ -57,7 +57,7 @@ import moe
 import sample
 from backend import has_triton, use_graph
 from configs import UserError
-from data import documents, split
+from data import Data, documents, split
 from mla import LatentCache, decode_torch, decode_triton, quantize
 from model import V3, Block, arithmetic
 from moe import MAX_TOKENS
@@ -96,9 +96,9 @@ def lines(out_dir):
     return [r for r in rows if "loss" in r], [r for r in rows if "val_loss" in r]
 
 
-def train(*args, **env):
-    """python train.py ARGS in a process of its own. UserError if it fails."""
-    run = subprocess.run([sys.executable, "train.py", *args], cwd=HERE, timeout=1800, env={**os.environ, **env},
+def train(*args, limit=1800, **env):
+    """python train.py ARGS in a process of its own, for up to `limit` seconds. UserError if it fails."""
+    run = subprocess.run([sys.executable, "train.py", *args], cwd=HERE, timeout=limit, env={**os.environ, **env},
                          stdout=subprocess.DEVNULL if env else None)
     if run.returncode:
         raise UserError(f"train.py {' '.join(args)} ended with exit code {run.returncode}")
@@ -859,6 +859,23 @@ def fp8_loss(options):
            runs=runs)
 
 
+def fp8_tiny(options):
+    """The default job with a schedule of 150 steps, in FP32 and in FP8 (the reference), the same seed and data: mean
+    training loss of the last 50 steps, and validation loss."""
+    changes, runs = ["--max_steps=150", "--decay_start=50", "--save_interval=0"], []
+    for precision in ("fp32", "fp8_reference"):
+        with tempfile.TemporaryDirectory() as folder:
+            train("configs/tiny.py", *changes, f"--precision={precision}", f"--out_dir={folder}/run")
+            rows, evals = lines(f"{folder}/run")
+            state = read_state(latest(f"{folder}/run"))
+        runs.append({"precision": precision, "loss": statistics.mean(r["loss"] for r in rows[-50:]),
+                     "val_loss": evals[-1]["val_loss"], "losses": checkpoints_of(rows, (50, 100, 150)),
+                     "seconds": rows[-1]["time"]})
+        print(runs[-1], flush=True)
+    record("fp8_tiny", "python bench.py fp8_tiny", changes=changes, data=state["data"], runs=runs,
+           difference=runs[1]["loss"] / runs[0]["loss"] - 1)
+
+
 V3_LINEARS = {                                # in, out: section 4.2's dims
     "q_a": (7168, 1536), "q_b": (1536, 24576), "kv_a": (7168, 576), "kv_b": (512, 32768), "o": (16384, 7168),
     "gate/up": (7168, 4096), "down": (2048, 7168)}
@@ -1073,9 +1090,9 @@ class Slice(torch.nn.Module):
         ffn.gate.bias.zero_()
         rows = c.seq_len * c.n_activated_experts
         random = lambda *shape: torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
-        self.wire, self.gates = [random(rows, c.dim) for _ in range(2)], torch.rand(rows, device="cuda").bfloat16()
+        self.wire, self.gates = [random(rows, c.dim) for _ in range(2)], torch.rand(rows, 1, device="cuda")
+        self.indices = torch.arange(rows, device="cuda")[:, None] * experts // rows           # [R, 1], as many for each
         self.x, self.dy, self.rope = random(1, c.seq_len, c.dim), random(1, c.seq_len, c.dim), mla.rope_table(c).cuda()
-        self.load = torch.full((experts,), rows // experts, device="cuda")
 
     def forward(self):
         """-> (the tensors that backward begins from, their gradients)."""
@@ -1083,12 +1100,8 @@ class Slice(torch.nn.Module):
         h, x = self.block.attention(self.x.requires_grad_(), self.rope[:self.x.shape[1]])
         routing = ffn.gate(x)
         tie = torch.zeros((), device="cuda", requires_grad=True)
-        rows = moe.grouped_linear(Arrive.apply(tie, self.wire[0]), ffn.w13, self.load, ffn.recipe)
-        down = lambda rows: moe.grouped_linear(rows, ffn.w2, self.load, ffn.recipe, self.gates)
-        # FP8 makes the SwiGLU again in backward, so the other side does as well.
-        rows = down(rows) if ffn.recipe else checkpoint(down, rows, use_reentrant=False)
-        sent = Leave.apply(rows, self.wire[1])
-        del rows
+        sent = Leave.apply(moe.routed(Arrive.apply(tie, self.wire[0]), self.indices, self.gates, ffn.w13, ffn.w2,
+                                      ffn.recipe, len(self.indices)), self.wire[1])
         roots = h + ffn.shared(x), routing.weights, routing.balance, sent
         return roots, (self.dy, routing.weights.detach(), None, None)
 
@@ -1112,6 +1125,7 @@ def layer_in(precision, moments):
         part.x.grad = None
     step()
     bytes_["FP8 copies"] = size(t for p in weights if hasattr(p, "fp8") for t in (p.fp8[1].values, p.fp8[1].scale))
+    bytes_["BF16 copies"] = size(p.low[1] for p in weights if hasattr(p, "low"))
     before = held()
     roots = part()
     bytes_["saved activations"] = held() - before
@@ -1122,12 +1136,12 @@ def layer_in(precision, moments):
     torch.cuda.reset_peak_memory_stats()
     step()
     peak = torch.cuda.max_memory_allocated() - nothing - wire
-    ms = milliseconds(step)
+    ms = milliseconds(step, 400)
     out = {"precision": precision, "moments": moments, "parameters": sum(p.numel() for p in weights), "ms": ms,
            "tokens_per_s": c.seq_len / ms * 1e3, "peak_bytes": peak, "bytes": bytes_}
     rows = part.wire[0].shape[0]
     expert = part.block.ffn.w13.numel() + part.block.ffn.w2.numel()
-    products = c.seq_len * (sum(p.numel() for p in weights) - expert) + rows * expert // len(part.load)
+    products = c.seq_len * (sum(p.numel() for p in weights) - expert) + rows * expert // len(part.block.ffn.w13)
     attention = 2 * c.n_heads * (c.qk_head_dim + c.v_head_dim) * (c.seq_len + 1) / 2 * c.seq_len
     out["flops"] = 6 * products + 3 * attention
     out["tflops"] = out["flops"] / ms / 1e9
@@ -1138,9 +1152,9 @@ def layer_in(precision, moments):
 
 def layer(options):
     needs_fp8("layer")
-    runs = [layer_in("bf16", "fp32"), layer_in("fp8", "bf16")]
-    record("layer", "python bench.py layer", runs=runs, speedup=runs[0]["ms"] / runs[1]["ms"],
-           memory=runs[1]["peak_bytes"] / runs[0]["peak_bytes"])
+    half, eight = layer_in("bf16", "fp32"), layer_in("fp8", "bf16")
+    record("layer", "python bench.py layer", runs=[half, eight], speedup=half["ms"] / eight["ms"],
+           memory=eight["peak_bytes"] / half["peak_bytes"])
 
 
 # --- the quality of FP8 -----------------------------------------------------------------------------------------------
@@ -1155,32 +1169,37 @@ def torch_sources(folder):
     return folder
 
 
-def fp8_quality(options):
-    """configs/gpu.py with BF16, with BF16 and another seed (what a difference may be worth), and with FP8 and moments
-    in BF16, at the same time on one GPU: the training loss, and its mean over the last 100 steps."""
+def fp8_quality(options, limit=285):
+    """configs/gpu.py, 32 sequences a step, in BF16, in BF16 with another seed (what a difference may be worth), and in
+    FP8 with moments in BF16, at the same time on one GPU: the training loss, and its mean over the last 100 steps that
+    all three have done within `limit` seconds. --data=FOLDER: other text than torch's own sources."""
     needs_fp8("fp8_quality")
     jobs = {"BF16": ["--precision=bf16"], "BF16, another seed": ["--precision=bf16", "--seed=1338"],
             "FP8": ["--precision=fp8", "--moments=bf16"]}
     with tempfile.TemporaryDirectory() as folder:
         data = options.get("data") or torch_sources(f"{folder}/torch")
+        common = ["configs/gpu.py", f"--data={data}", "--batch_size=32", "--eval_interval=0", "--save_interval=0"]
 
         def one(job):
-            number, (name, changes) = job
-            out_dir = f"{folder}/{number}"
-            train("configs/gpu.py", f"--data={data}", *changes, "--eval_interval=0", "--save_interval=0",
-                  f"--out_dir={out_dir}", OMP_NUM_THREADS="4")
-            rows, evals = lines(out_dir)
-            return {"name": name, "changes": changes, "loss": statistics.mean(r["loss"] for r in rows[-100:]),
-                    "val_loss": evals[-1]["val_loss"], "seconds": rows[-1]["time"],
-                    "tokens_per_s": statistics.median(r["tokens_per_s"] for r in rows),
-                    "curve": [round(r["loss"], 5) for r in rows]}
+            number, changes = job
+            try:
+                train(*common, *changes, f"--out_dir={folder}/{number}", limit=limit, OMP_NUM_THREADS="4")
+            except subprocess.TimeoutExpired:
+                print(f"{' '.join(changes)}: cut off after {limit} s", flush=True)
+            return lines(f"{folder}/{number}")
         with ThreadPoolExecutor(len(jobs)) as pool:
-            runs = list(pool.map(one, enumerate(jobs.items())))
-        state = read_state(latest(f"{folder}/0"))
-    for run in runs:
-        run["difference"] = run["loss"] / runs[0]["loss"] - 1
-        print({k: v for k, v in run.items() if k != "curve"}, flush=True)
-    record("fp8_quality", "python bench.py fp8_quality", data=state["data"], runs=runs)
+            done = list(pool.map(one, enumerate(jobs.values())))
+        identity = Data(configs.load(common)).identity                                         # from the cache by now
+    steps, runs = min(len(rows) for rows, _ in done), []
+    for (name, changes), (rows, evals) in zip(jobs.items(), done):
+        loss = statistics.mean(r["loss"] for r in rows[:steps][-100:])
+        first = runs[0]["loss"] if runs else loss
+        runs.append({"name": name, "changes": changes, "loss": loss, "difference": loss / first - 1,
+                     "val_loss": evals[-1]["val_loss"] if evals else None, "seconds": rows[-1]["time"],
+                     "tokens_per_s": statistics.median(r["tokens_per_s"] for r in rows),
+                     "curve": [round(r["loss"], 5) for r in rows[:steps]]})
+        print({k: v for k, v in runs[-1].items() if k != "curve"}, flush=True)
+    record("fp8_quality", "python bench.py fp8_quality", steps=steps, data=identity, runs=runs)
 
 
 # --- pipelines of stages that sleep -----------------------------------------------------------------------------------
@@ -1443,7 +1462,8 @@ def clusters():
 def tables():
     """{name of a marked place in the README: its text}, from the committed results."""
     t, c, a, d, s = load("tiny"), load("char"), load("ablations"), load("decode"), load("speculation")
-    attention, low, p, o = (load(name) for name in ("attention", "fp8_loss", "pipeline", "overlap"))
+    attention, low, p, o, eight, part, quality = (load(name) for name in (
+        "attention", "fp8_loss", "pipeline", "overlap", "fp8", "layer", "fp8_quality"))
     mean = lambda runs, key: statistics.mean(r[key] for r in runs)
     spread = lambda runs, key: statistics.stdev(r[key] for r in runs) if len(runs) > 1 else 0.0
     vio = lambda runs: f"{mean(runs, 'max_vio'):.2f}" if mean(runs, "max_vio") else "-"
@@ -1558,6 +1578,36 @@ def tables():
             *(f"| {'--compile=True' if r['compiled'] else 'eager'} | {r['tokens_per_s']:,.0f} | "
               f"{r['peak_bytes'] / 1e9:.1f} |" for r in m["runs"]), "",
             f"{m['gpu']}, {m['runs'][0]['tokens']:,} tokens."])
+    if eight:
+        row = lambda what, r: f"| {what} | {r['bf16']:.3f} | {r['fp8']:.3f} | {r['bf16'] / r['fp8']:.2f}x |"
+        every = {key: sum(r[key] for r in eight["linears"]) for key in ("bf16", "fp8")}
+        out["fp8_linears"] = "\n".join([
+            "| Linear: in, out | BF16, ms | FP8, ms | speed |", "|---|---|---|---|",
+            *(row(f"{r['name']}: {r['in']}, {r['out']}", r) for r in eight["linears"]), row("together", every),
+            *(row(f"{r['in']}, {r['out']}", r) for r in eight["square"]), "",
+            f"{eight['gpu']}. AdamW, bytes read and written per second: " + "; ".join(
+                f"{name} moments {r['bytes_per_s'] / 1e12:.2f} TB/s ({r['ms']:.2f} ms)"
+                for name, r in eight["adamw"].items()) + "."])
+    if part:
+        sides, GB = part["runs"], lambda size: f"{size / 1e9:.2f}"
+        line = lambda name, value: f"| {name} | " + " | ".join(map(value, sides)) + " |"
+        out["layer"] = "\n".join([
+            line("", lambda r: f"{r['precision'].upper()}, {r['moments'].upper()} moments"), "|---|---|---|",
+            line("ms a step, 4096 tokens", lambda r: f"{r['ms']:.1f}"),
+            line("tokens/s", lambda r: f"{r['tokens_per_s']:,.0f}"),
+            line("TFLOP/s of the model", lambda r: f"{r['tflops']:.0f}"),
+            line("GPU hours per trillion tokens", lambda r: f"{r['gpu_hours_per_trillion_tokens'] / 1e3:.0f}K"),
+            line("peak memory, GB", lambda r: GB(r["peak_bytes"])),
+            *(line(f"... {what}", lambda r, what=what: GB(r["bytes"][what])) for what in sides[0]["bytes"]), "",
+            f"{part['gpu']}. FP8 against BF16: {part['speedup']:.2f}x the speed, {part['memory']:.2f}x the memory."])
+    if quality:
+        out["fp8_quality"] = "\n".join([
+            "| | training loss, mean of the last 100 steps | against the first | validation loss | tokens/s |",
+            "|---|---|---|---|---|",
+            *(f"| {r['name']} | {r['loss']:.4f} | {r['difference']:+.2%} | "
+              + (f"{r['val_loss']:.4f}" if r["val_loss"] else "-") + f" | {r['tokens_per_s']:,.0f} |"
+              for r in quality["runs"]), "",
+            f"{quality['gpu']}, the three at once, {quality['steps']} steps of 32 sequences."])
     if s:
         rows = lambda s: "\n".join([
             "| drafts | of them accepted | tokens per forward pass | time of the drafts / of a plain step | tokens/s | "
@@ -1645,12 +1695,28 @@ def readme(options):
     if load("loads"):
         draw_loads(pyplot)
 
+    if quality := load("fp8_quality"):
+        figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.2))
+        curves = {r["name"]: r["curve"] for r in quality["runs"]}
+        for name, curve in curves.items():
+            left.plot(curve, label=name, linewidth=0.7)
+        left.set(xlabel="step", ylabel="nats per token", title="config/gpu.py: training loss")
+        left.legend()
+        smooth = lambda curve: [statistics.mean(curve[i - 50:i]) for i in range(50, len(curve) + 1)]
+        first, *others = (smooth(curve) for curve in curves.values())
+        for name, other in zip(list(curves)[1:], others):
+            right.plot(range(50, 50 + len(first)), [100 * (b / a - 1) for a, b in zip(first, other)], label=name)
+        right.axhspan(-0.25, 0.25, color="0.9")
+        right.set(xlabel="step", ylabel="% above BF16, mean of 50 steps", title="and its distance from BF16")
+        right.legend()
+        figure.tight_layout()
+        figure.savefig(RESULTS / "fp8_quality.png", dpi=110)
+
 
 SECTIONS = {"tiny": tiny, "char": char, "ablations": ablations, "speculation": speculation, "loads": loads,
             "attention": attention, "decode": decode, "moe": moe_on_a_gpu, "step": step, "fp8_error": fp8_error,
-            "fp8_loss": fp8_loss,
-            "fp8": fp8_on_a_gpu, "layer": layer, "fp8_quality": fp8_quality, "pipeline": pipeline, "overlap": overlap,
-            "readme": readme}
+            "fp8_tiny": fp8_tiny, "fp8_loss": fp8_loss, "fp8": fp8_on_a_gpu, "layer": layer,
+            "fp8_quality": fp8_quality, "pipeline": pipeline, "overlap": overlap, "readme": readme}
 
 
 def main(argv):

@@ -17,7 +17,7 @@ is promoted: multiplied by the two scales and added up in FP32 (3.3.2, figure 7b
 A Linear (figure 6), x [N, in], W [out, in], dy [N, out]; x, y, dx are BF16, W and dW FP32:
 
     Fprop   y  = x  W^T     x  in 1x128 along in      W   in 128x128
-    Dgrad   dx = dy W       dy in 1x128 along out     W^T in 128x128: the same bytes, read the other way
+    Dgrad   dx = dy W       dy in 1x128 along out     W^T in 128x128: the same numbers, moved into its order
     Wgrad   dW = dy^T x     both along the tokens: 128x1 tiles, that is the transposes dy^T [out, N], x^T [in, N]
                             in 1x128. Quantized anew: scales along the channels can't be taken out of this sum
 
@@ -608,22 +608,27 @@ def gemm_triton(a, b, y, add=False):
 
 
 def takes_cublas(a, b, y):
-    """Whether cuBLASLt has the product: on Hopper, BF16 out, 1x128 x 128x128, whole blocks of N."""
+    """Whether cuBLASLt has the product: on Hopper, of whole tiles, 1x128 x 128x128 in BF16, 1x128 x 1x128 in FP32."""
     (M, K), N = a.values.shape, len(b.values)
-    return backend.hopper(y.device) and y.dtype == torch.bfloat16 \
-        and len(b.scale) < N and M % 4 == 0 and K % 16 == 0 and N % BLOCK == 0
+    if not backend.hopper(y.device):
+        return False
+    if len(b.scale) < N:
+        return y.dtype == torch.bfloat16 and M % 4 == 0 and K % BLOCK == 0 and N % BLOCK == 0
+    return y.dtype == torch.float32 and M % 16 == 0 and N % 16 == 0 and K % BLOCK == 0
 
 
 def gemm_cublas(a, b, y):
-    """gemm_torch into y [M, N] BF16 by cuBLASLt, where takes_cublas says so. It wants the scales of a one row of tiles
-    after the other, those of b along K in multiples of four."""
-    k, tile, block = a.scale.shape[1], F.ScalingType.BlockWise1x128, F.ScalingType.BlockWise128x128
-    padded = -(-k // 4) * 4
-    b_scale = b.scale.new_empty(len(b.scale), padded).t()                                     # [padded k, n]
-    b_scale[:k] = b.scale.t()
-    y.copy_(F.scaled_mm(a.values, b.values.t(), a.scale.t().contiguous().t(), tile, b_scale, block,
-                        output_dtype=torch.bfloat16))
-    return y
+    """gemm_torch into y [M, N] by cuBLASLt, where takes_cublas says so. It wants scales of 1x128 tiles one row of tiles
+    after the other, those of blocks along K in multiples of four. In this form, F.scaled_mm's own, it writes to y."""
+    rows = lambda scale: scale.t().contiguous().t()
+    tile, block, b_scale, k = F.ScalingType.BlockWise1x128, F.ScalingType.BlockWise1x128, b.scale, a.scale.shape[1]
+    if len(b.scale) < len(b.values):
+        block, b_scale = F.ScalingType.BlockWise128x128, b.scale.new_empty(len(b.scale), -(-k // 4) * 4).t()
+        b_scale[:k] = b.scale.t()
+    else:
+        b_scale = rows(b_scale)
+    return torch.ops.aten._scaled_mm_v2.out(a.values, b.values.t(), [rows(a.scale)], [tile.value], [], [b_scale],
+                                            [block.value], [], None, y.dtype, out=y)
 
 
 # --- which one runs ---------------------------------------------------------------------------------------------------
@@ -676,9 +681,8 @@ def transpose(q, reference=False):
 
 
 def gemm(a, b, y, reference=False, add=False):
-    """gemm_torch into y [M, N], in y's dtype; add: y + gemm_torch, for a weight's gradient (y FP32). At V3's
-    shapes cuBLASLt reached 1016-1176 TFLOP/s on an H100 and a kernel like ours 835-918, so cuBLASLt goes first where it
-    has the product."""
+    """gemm_torch into y [M, N], in y's dtype; add: y + gemm_torch, for a weight's gradient (y FP32). Where cuBLASLt has
+    the product it is a little faster than our kernels, on an H100; adding it has not."""
     if not fast(y, reference):
         product = gemm_torch(a, b, y.dtype)
         return y.add_(product) if add else y.copy_(product)

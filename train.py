@@ -32,7 +32,7 @@ import parallel
 import ranks
 from configs import MACHINE_FIELDS, UserError
 from data import Data, batch_size_at, special, tokenizer_json
-from fp8 import AdamW
+from fp8 import AdamW, AtOnce
 from model import CrossEntropy, arithmetic, config_from_hf, official_tensors
 from moe import max_vio
 
@@ -91,9 +91,8 @@ def plan(c, device, data=None):
     ramp = min(c.batch_ramp, c.max_steps)
     train_tokens = (sum(batch_size_at(c, s) for s in range(ramp)) + c.batch_size * (c.max_steps - ramp)) * c.seq_len
     a["tokens"] = train_tokens
-    # Per parameter: weight, gradient and two moments; of a converted one W and W^T in FP8 too (on a CPU one copy does).
-    a["bytes"] = (8 + 2 * (4 if c.moments == "fp32" else 2)) * everything
-    a["bytes"] += a["fp8"] * (2 if backend.fp8_kernels(device)[0] == "Triton" else 1)
+    # Per parameter: weight, gradient and two moments, and one byte more of a converted one: its copy in FP8.
+    a["bytes"] = (8 + 2 * (4 if c.moments == "fp32" else 2)) * everything + a["fp8"]
     rows = [
         ("parameters", f"{human(a['total'])} total, {human(a['active'])} active per token, MTP {human(a['mtp'])} more"),
         ("work", f"{a['flops'] / 1e9:.3g} GFLOPs per training token; {c.max_steps} steps, "
@@ -372,6 +371,9 @@ def run(c, device, mesh, newest, command):
     if c.compile:
         for block in [*modules[0].layers, *(m.block for m in modules[0].mtp)]:
             block.compile()
+    elif c.batch_size > c.micro_batch_size and not pipe:
+        for p in modules[0].parameters():
+            p.queue = AtOnce()                                     # later micro-batches add to .grad inside the product
 
     peak = backend.peak_flops(device, c.precision)
     tokenizer = tokenizer_json(data.tokenizer).decode()

@@ -302,6 +302,27 @@ def test_wgrad_can_be_put_off_into_a_queue(experts):
     assert torch.equal(later.grad, now.grad) and now.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("experts", [False, True])
+def test_a_queue_that_waits_for_nothing_adds_inside_the_product_and_autograd_gets_a_tensor_of_its_own(experts):
+    w = torch.randn(2, 40, 30) if experts else torch.randn(40, 30)
+    x, dy, ends = torch.randn(50, 30), torch.randn(50, 40), [20, 50] if experts else [50]
+    plain, at_once = w.clone().requires_grad_(), w.clone().requires_grad_()
+    at_once.queue = fp8.AtOnce()
+    run = lambda weight: Products.apply(x.clone().requires_grad_(), weight, ends, Recipe(reference=True))
+    for weight in (plain, plain, at_once):
+        run(weight).backward(dy)
+    there = at_once.grad
+    run(at_once).backward(dy)
+    assert at_once.grad is there and torch.equal(there, plain.grad)            # the same tensor: nothing was copied
+    before = plain.grad.clone()
+    (own,) = torch.autograd.grad(run(plain), plain, dy)
+    assert torch.equal(plain.grad, before) and torch.equal(own + own, before)
+    seen = []
+    plain.register_hook(lambda grad: seen.append(grad) or 3 * grad)            # a hook sees it, and may change it
+    run(plain).backward(dy)
+    assert torch.equal(seen[0], own) and error(plain.grad, before + 3 * own) < 1e-6
+
+
 def test_the_weights_follow_the_optimizer_of_train():
     from train import make_optimizer
     for moments in ("fp32", "bf16"):

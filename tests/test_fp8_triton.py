@@ -205,6 +205,21 @@ def test_the_products_error_against_float64_is_no_larger_than_cublaslts(M, N, K)
         assert relative(product(a, b, torch.empty(256, 384, device=DEVICE)), exact) <= 1.05 * theirs
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
+@pytest.mark.parametrize("blocks", [True, False], ids=["Fprop, Dgrad", "Wgrad"])
+@pytest.mark.parametrize("M, N, K", [(4096, 512, 7168), (256, 384, 128), (512, 128, 640)])
+def test_cublaslt_writes_the_product_where_it_should(M, N, K, blocks):
+    a, b = operands(2 * M, N, K, blocks)
+    a = a[M // 2:M // 2 + M]                                                   # the rows of one expert
+    y = torch.zeros(2 * M, N, device=DEVICE, dtype=torch.bfloat16 if blocks else torch.float32)
+    rows = y[M // 2:M // 2 + M]
+    assert fp8.takes_cublas(a, b, rows)
+    fp8.gemm_cublas(a, b, rows)
+    assert relative(rows, gemm_torch(a, b)) < (3e-3 if blocks else 1e-3)
+    assert (y[:M // 2] == 0).all() and (y[M // 2 + M:] == 0).all()
+
+
 @pytest.mark.parametrize("blocks", [True, False], ids=["Fprop, Dgrad", "Wgrad"])
 def test_where_no_sum_is_rounded_the_product_is_the_references_bit_for_bit(blocks):
     M, N, K = 70, 260, 400

@@ -48,7 +48,7 @@ if backend.has_triton():
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as Described
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    from fp8 import scale_of, to_e4m3
+    from fp8 import load_tile, scale_of, store_tile, to_e4m3
 
 
 # --- the plan: which row is whose -------------------------------------------------------------------------------------
@@ -521,10 +521,6 @@ if backend.has_triton():
 # walks over tiles. Triton's interpreter can't run it, so the kernels above are also what says what it computes.
 
 if backend.has_triton():
-    # Names of triton 3.6, and of later ones.
-    load_tile = getattr(hopper.tma, "async_load", None) or hopper.tma.async_copy_global_to_shared
-    store_tile = getattr(hopper.tma, "async_store", None) or hopper.tma.async_copy_shared_to_global
-
     @gluon.jit
     def find_tile(tile, table, M, N, K, ROWS: gl.constexpr, GROUP: gl.constexpr):
         """(expert, tile of rows, tile of columns, first and last 128 of the contraction). ROWS: of a W^T, table: the

@@ -54,6 +54,7 @@ def has_triton():
     """Whether there is a Triton with all that the kernels import from it."""
     try:
         import triton.experimental.gluon.language.nvidia.hopper
+        import triton.experimental.gluon.nvidia.hopper
         import triton.tools.tensor_descriptor  # noqa: F401
     except ImportError:
         return False

@@ -437,45 +437,40 @@ def decode_inputs(B, H, S, T=1, r_kv=512, d_r=64):
     return 0.3 * random(B, T, H, r_kv), random(B, T, H, d_r), random(B, S, r_kv + d_r), positions
 
 
-def decode_attention_bench():
-    """The decode kernels against torch.compile of their torch form: time, bytes of cache and FLOPs per second; the
-    error of BF16 and of the FP8 cache against float64."""
-    if not torch.cuda.is_available() or not has_triton():
-        raise UserError("bench.py decode: needs a CUDA GPU and Triton")
-    scale, out = 192 ** -0.5, {"shapes": []}
-    out["copy_tb_s"] = 2 * 2 ** 30 / seconds(torch.clone, torch.empty(2 ** 30, dtype=torch.uint8, device="cuda")) / 1e12
-    for B, H, S, T in [(64, 16, 4096, 1), (64, 16, 32768, 1), (64, 128, 4096, 1), (1, 128, 32768, 1), (8, 16, 4096, 1),
-                       (64, 16, 4096, 2), (64, 16, 4096, 4)]:
-        torch.compiler.reset()
-        args, compiled = decode_inputs(B, H, S, T), torch.compile(decode_torch, dynamic=False)
-        packed = quantize(args[2], 64)
-        ours, theirs = seconds(decode_triton, *args, scale), seconds(compiled, *args, scale)
-        fp8 = seconds(decode_triton, *args[:2], packed, args[3], scale)
-        launched = [seconds(f, *args, scale, graph=False) for f in (decode_triton, compiled)]
-        row = {"batch": B, "heads": H, "tokens": S, "queries": T, "us": ours * 1e6, "compiled_us": theirs * 1e6,
-               "speedup": theirs / ours, "launched_us": launched[0] * 1e6, "compiled_launched_us": launched[1] * 1e6,
-               "fp8_us": fp8 * 1e6, "cache_tb_s": args[2].nbytes / ours / 1e12,
-               "tflops": 2 * B * S * T * H * (576 + 512) / ours / 1e12}
-        out["shapes"].append(row)
-        print(row, flush=True)
-        del args, packed
+def decode_shape(B, H, S, T):
+    """The decode kernels against torch.compile of their torch form: time, bytes of cache and FLOPs per second."""
+    torch.compiler.reset()
+    args, compiled, scale = decode_inputs(B, H, S, T), torch.compile(decode_torch, dynamic=False), 192 ** -0.5
+    packed = quantize(args[2], 64)
+    ours, theirs = seconds(decode_triton, *args, scale), seconds(compiled, *args, scale)
+    fp8 = seconds(decode_triton, *args[:2], packed, args[3], scale)
+    launched = [seconds(f, *args, scale, graph=False) for f in (decode_triton, compiled)]
+    row = {"batch": B, "heads": H, "tokens": S, "queries": T, "us": ours * 1e6, "compiled_us": theirs * 1e6,
+           "speedup": theirs / ours, "launched_us": launched[0] * 1e6, "compiled_launched_us": launched[1] * 1e6,
+           "fp8_us": fp8 * 1e6, "cache_tb_s": args[2].nbytes / ours / 1e12,
+           "tflops": 2 * B * S * T * H * (576 + 512) / ours / 1e12}
+    print(row, flush=True)
+    return row
 
+
+def decode_ragged(scale=192 ** -0.5):
+    """Rows of any length in one cache."""
     q_latent, q_rope, latents, _ = decode_inputs(64, 16, 4096)
     lengths = torch.randint(1, 4096, (64, 1), generator=torch.Generator().manual_seed(1)).cuda()
     ours = seconds(decode_triton, q_latent, q_rope, latents, lengths - 1, scale)
-    out["ragged"] = {"mean_tokens": lengths.float().mean().item(), "us": ours * 1e6,
-                     "cache_tb_s": int(lengths.sum()) * 1152 / ours / 1e12}
+    return {"mean_tokens": lengths.float().mean().item(), "us": ours * 1e6,
+            "cache_tb_s": int(lengths.sum()) * 1152 / ours / 1e12}
 
+
+def decode_errors(scale=192 ** -0.5):
+    """The error of BF16 and of the FP8 cache against float64."""
     q_latent, q_rope, latents, positions = decode_inputs(4, 128, 2000)
     packed = quantize(latents, 64)
     exact = decode_torch(q_latent.double(), q_rope.double(), latents.double(), positions, scale)
-    error = lambda x: ((x.double() - exact).norm() / exact.norm()).item()
-    run = lambda form, cache: error(form(q_latent, q_rope, cache, positions, scale))
-    out["error"] = {"torch": run(decode_torch, latents), "triton": run(decode_triton, latents),
-                    "torch_fp8": run(decode_torch, packed), "triton_fp8": run(decode_triton, packed),
-                    "fp8_in_float64": error(decode_torch(q_latent.double(), q_rope.double(), packed, positions, scale))}
-    print(out["ragged"], out["error"], flush=True)
-    return out
+    run = lambda form, cache: error(form(q_latent, q_rope, cache, positions, scale), exact)
+    return {"torch": run(decode_torch, latents), "triton": run(decode_triton, latents),
+            "torch_fp8": run(decode_torch, packed), "triton_fp8": run(decode_triton, packed),
+            "fp8_in_float64": error(decode_torch(q_latent.double(), q_rope.double(), packed, positions, scale), exact)}
 
 
 def copy_rate():
@@ -525,7 +520,17 @@ def generation(batches=(1, 64), prompt=64, short=64, long=576):
 
 
 def decode(options):
-    record("decode", "python bench.py decode", attention=decode_attention_bench(), generation=generation())
+    if not torch.cuda.is_available() or not has_triton():
+        raise UserError("bench.py decode: needs a CUDA GPU and Triton")
+    copied = seconds(torch.clone, torch.empty(2 ** 30, dtype=torch.uint8, device="cuda"))
+    attention = {"copy_tb_s": 2 * 2 ** 30 / copied / 1e12, "error": decode_errors(), "ragged": decode_ragged(),
+                 "shapes": []}
+    print(attention, flush=True)
+    out = {"attention": attention, "generation": generation()}
+    for shape in [(64, 16, 4096, 1), (64, 16, 32768, 1), (64, 128, 4096, 1), (1, 128, 32768, 1), (8, 16, 4096, 1),
+                  (64, 16, 4096, 2), (64, 16, 4096, 4)]:
+        attention["shapes"].append(decode_shape(*shape))
+        record("decode", "python bench.py decode", **out)      # what there is, should the rest not come
 
 
 # --- training attention on a GPU --------------------------------------------------------------------------------------
@@ -539,7 +544,7 @@ def milliseconds(run, rep=100):
 def in_turn(runs, rounds=5):
     """{name: median time of run(), in ms} of {name: run}: in rounds, so that a GPU that grows warm and slow does so to
     all of them."""
-    times = [{name: milliseconds(run, 40) for name, run in runs.items()} for _ in range(rounds)]
+    times = [{name: milliseconds(run, 20) for name, run in runs.items()} for _ in range(rounds)]
     return {name: statistics.median(row[name] for row in times) for name in runs}
 
 
@@ -670,9 +675,12 @@ def attention(options):
                                   (128, 64, 128))
     if path != "Triton":
         raise UserError(f"bench.py attention: a Hopper GPU with Triton is needed ({why})")
-    shapes = [attention_shape(*shape, (128, 64, 128)) for shape in ((1, 128, 4096), (4, 16, 2048))]
-    record("attention", "python bench.py attention", shapes=shapes, small_ops=small_ops(),
-           recomputation=recomputation())
+    out = {"shapes": [attention_shape(*shape, (128, 64, 128)) for shape in ((1, 128, 4096), (4, 16, 2048))],
+           "small_ops": {}, "recomputation": {}}
+    for part, measure in (("recomputation", recomputation), ("small_ops", small_ops)):
+        record("attention", "python bench.py attention", **out)                # what there is, should the rest not come
+        out[part] = measure()
+    record("attention", "python bench.py attention", **out)
 
 
 # --- the experts on a GPU ---------------------------------------------------------------------------------------------

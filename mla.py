@@ -44,7 +44,9 @@ if backend.has_triton():                                       # macOS, Windows:
     from triton.experimental.gluon.language.nvidia.hopper import mbarrier
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
     from triton.tools.tensor_descriptor import TensorDescriptor
+    WIDE = gl.NVMMASharedLayout(128, 16, rank=3)               # of BF16 tiles [1, rows, d] that tensor cores read
     tma_load = getattr(hopper.tma, "async_load", None) or hopper.tma.async_copy_global_to_shared    # newer Triton, 3.6
+    warps_meet = getattr(gl, "barrier", None) or gl.thread_barrier
     tma_store = getattr(hopper.tma, "async_store", None) or hopper.tma.async_copy_shared_to_global
 
 
@@ -706,7 +708,7 @@ def heads(x, rows, gluon=False):
     last dim, head h at column h * x.stride(2). What is beyond T reads as zero and is not written."""
     B, T, H, d = x.shape
     args = x, [B, T, (H - 1) * x.stride(2) + d], [*x.stride()[:2], 1], [1, rows, d]
-    return GluonDescriptor(*args, gl.NVMMASharedLayout(128, 16, rank=3)) if gluon else TensorDescriptor(*args)
+    return GluonDescriptor(*args, WIDE) if gluon else TensorDescriptor(*args)
 
 
 class Attention(torch.autograd.Function):
@@ -876,61 +878,80 @@ if backend.has_triton():
     # scores of half the keys and the values of half the dims, and the next tile is on its way all the time.
 
     @gluon.jit
-    def fetch(tile, base, start, end, stride, WIDTH: gl.constexpr):
-        """Start to copy 64 rows of base into shared memory, from `start` on; rows from `end` on become zeros."""
+    def load_queries(query, base, start, end, WIDTH: gl.constexpr):
+        """Start to copy 64 rows of base into shared memory, from `start` on; rows from `end` on become zeros. Without
+        a descriptor, which takes the host longer to make than this takes."""
         lanes: gl.constexpr = min(WIDTH // 8, 32)
         layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // lanes, lanes], [8, 1], [1, 0])
         rows, dims = start + gl.arange(0, 64, gl.SliceLayout(1, layout)), gl.arange(0, WIDTH, gl.SliceLayout(0, layout))
-        at = base + rows[:, None] * stride + dims[None, :]
-        hopper.async_copy.async_copy_global_to_shared(tile, at, mask=(rows < end)[:, None])
+        at = base + rows[:, None] * WIDTH + dims[None, :]
+        hopper.async_copy.async_copy_global_to_shared(query, at, mask=(rows < end)[:, None])
 
     @gluon.jit
-    def wide_kernel(q_latent, q_rope, c_kv, k_rope, positions, out, lse, scale, T, H, splits, c_row, c_token, k_row,
-                    k_token, R: gl.constexpr, D_R: gl.constexpr):
-        """decode_kernel for 64 queries and tiles of 64 keys, with 8 warps; R from 128 to 512, D_R = 64."""
+    def load_keys(c_kv, k_rope, c, k, full, row, s, wanted):
+        """Start to copy the 64 keys from s on into a slot."""
+        mbarrier.expect(full, c_kv.block_type.nbytes + k_rope.block_type.nbytes, pred=wanted)
+        tma_load(c_kv, [row, s, 0], full, c, pred=wanted)
+        tma_load(k_rope, [row, s, 0], full, k, pred=wanted)
+
+    @gluon.jit
+    def wide_kernel(q_latent, q_rope, c_kv, k_rope, positions, out, lse, scale, T, H, splits, R: gl.constexpr):
+        """decode_kernel for 64 queries and tiles of 64 keys, with 8 warps; R from 128 to 512, d_r = 64."""
         SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, 32, 16])
         VALUES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, R // 2, 16])
+        LEFT: gl.constexpr = gl.DotOperandLayout(0, SCORES, 2)
+        ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [8, 1], [1, 0])
         SHARED: gl.constexpr = gl.NVMMASharedLayout(128, 16)
-        block, split, row = gl.program_id(0), gl.program_id(1), gl.program_id(2).to(gl.int64)
-        length = gl.load(positions + row * T + T - 1).to(gl.int32) + 1
-        size = ((length + 63) // 64 + splits - 1) // splits * 64
+        block, split, row = gl.program_id(0), gl.program_id(1), gl.program_id(2)
+        length, size = share(positions, row.to(gl.int64), T, splits, 64)
         start = split * size
         end = gl.minimum(start + size, length)
         if start >= end:
             return
-        c_kv += row * c_row
-        k_rope += row * k_row
         query = gl.allocate_shared_memory(gl.bfloat16, [64, R], SHARED)
-        query_rope = gl.allocate_shared_memory(gl.bfloat16, [64, D_R], SHARED)
-        c = gl.allocate_shared_memory(gl.bfloat16, [2, 64, R], SHARED)                     # one in use, one on its way
-        k = gl.allocate_shared_memory(gl.bfloat16, [2, 64, D_R], SHARED)
+        query_rope = gl.allocate_shared_memory(gl.bfloat16, [64, 64], SHARED)
+        all_c = gl.allocate_shared_memory(gl.bfloat16, [2, 1, 64, R], c_kv.layout)         # one in use, one on its way
+        all_k = gl.allocate_shared_memory(gl.bfloat16, [2, 1, 64, 64], k_rope.layout)
         weights = gl.allocate_shared_memory(gl.bfloat16, [64, 64], SHARED)
-        fetch(query, q_latent + row * T * H * R, block * 64, T * H, R, R)
-        fetch(query_rope, q_rope + row * T * H * D_R, block * 64, T * H, D_R, D_R)
-        fetch(c.index(0), c_kv, start, end, c_token, R)
-        fetch(k.index(0), k_rope, start, end, k_token, D_R)
+        full = barriers(2, 1)
+        hopper.fence_async_shared()
+        load_keys(c_kv, k_rope, all_c.index(0), all_k.index(0), full.index(0), row, start, True)
+        at = row.to(gl.int64) * T
+        load_queries(query, q_latent + at * H * R, block * 64, T * H, R)
+        load_queries(query_rope, q_rope + at * H * 64, block * 64, T * H, 64)
         hopper.async_copy.commit_group()
 
         q = block * 64 + gl.arange(0, 64, gl.SliceLayout(1, SCORES))
         there = q < T * H
-        last = gl.load(positions + row * T + q // H, mask=there, other=0).to(gl.int32)
-        first = gl.load(positions + row * T).to(gl.int32)                           # the last key that all of them see
+        last = gl.load(positions + at + q // H, mask=there, other=0).to(gl.int32)
+        first = gl.load(positions + at).to(gl.int32)                                # the last key that all of them see
         top = gl.full([64], -1e30, gl.float32, gl.SliceLayout(1, SCORES))
         total = gl.zeros([64, 64], gl.float32, SCORES)                              # summed over keys at the end, once
         acc = hopper.warpgroup_mma_init(gl.zeros([64, R], gl.float32, VALUES))
         hopper.async_copy.wait_group(0)                                         # the compiler puts a barrier after it
-        turned = query_rope.load(gl.DotOperandLayout(0, SCORES, 2))             # as much as registers have room for
+        begin, turned = query.slice(0, 128, dim=1).load(LEFT), query_rope.load(LEFT)  # registers have room for so much
+        hopper.fence_async_shared()
         for s in range(start, end, 64):
-            here = (s - start) // 64 % 2
+            n = (s - start) // 64
+            here = n % 2
             acc = hopper.warpgroup_mma_wait(0, [acc])
-            hopper.async_copy.wait_group(0)
-            hopper.fence_async_shared()
-            scores = hopper.warpgroup_mma(turned, k.index(here).permute((1, 0)),
-                                          gl.zeros([64, 64], gl.float32, SCORES), use_acc=False, is_async=True)
-            scores = hopper.warpgroup_mma(query, c.index(here).permute((1, 0)), scores, is_async=True)
-            fetch(c.index(1 - here), c_kv, s + 64, end, c_token, R)             # while the tensor cores are at work
-            fetch(k.index(1 - here), k_rope, s + 64, end, k_token, D_R)
-            hopper.async_copy.commit_group()
+            mbarrier.wait(full.index(here), n // 2 & 1)
+            c, k = all_c.index(here).reshape([64, R]), all_k.index(here).reshape([64, 64])
+            if s + 64 > end:                         # beyond it anything may lie, NaN too, and 0 * NaN is not 0
+                inside = s + gl.arange(0, 64, gl.SliceLayout(1, ROWS)) < end
+                for i in gl.static_range(0, R, 64):
+                    part = c.slice(i, 64, dim=1)
+                    part.store(gl.where(inside[:, None], part.load(ROWS), 0.0))
+                hopper.fence_async_shared()
+            scores = hopper.warpgroup_mma(turned, k.permute((1, 0)), gl.zeros([64, 64], gl.float32, SCORES),
+                                          use_acc=False, is_async=True)
+            scores = hopper.warpgroup_mma(begin, c.slice(0, 128, dim=1).permute((1, 0)), scores, is_async=True)
+            for i in gl.static_range(128, R, 128):
+                scores = hopper.warpgroup_mma(query.slice(i, 128, dim=1), c.slice(i, 128, dim=1).permute((1, 0)),
+                                              scores, is_async=True)
+            warps_meet()                                                            # all have read the tile before
+            load_keys(c_kv, k_rope, all_c.index(1 - here), all_k.index(1 - here), full.index(1 - here), row, s + 64,
+                      s + 64 < end)
             scores = hopper.warpgroup_mma_wait(0, [scores])
             if s + 63 > first:
                 keys = s + gl.arange(0, 64, gl.SliceLayout(0, SCORES))
@@ -942,12 +963,11 @@ if backend.has_triton():
             weights.store(p.to(gl.bfloat16))
             hopper.fence_async_shared()
             acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, VALUES))[:, None]
-            acc = hopper.warpgroup_mma(weights, c.index(here), acc, is_async=True)
+            acc = hopper.warpgroup_mma(weights, c, acc, is_async=True)
         acc = hopper.warpgroup_mma_wait(0, [acc])
-        hopper.async_copy.wait_group(0)
         total = gl.sum(total, 1)
         seen = gl.where(total > 0, total, 1.0)
-        at = (split * gl.num_programs(2) + row) * T * H
+        at = (split * gl.num_programs(2) + row).to(gl.int64) * T * H
         gl.store(lse + at + q, gl.where(total > 0, top + gl.log2(seen), float("-inf")), mask=there)
         acc = acc / gl.convert_layout(seen, gl.SliceLayout(1, VALUES))[:, None]
         q, dims = block * 64 + gl.arange(0, 64, gl.SliceLayout(1, VALUES)), gl.arange(0, R, gl.SliceLayout(0, VALUES))
@@ -976,7 +996,7 @@ def decode_triton(q_latent, q_rope, latents, positions, scale, splits=None):
     if isinstance(latents, Fp8Latents):
         c_kv, tile_scale, k_rope = latents
     else:
-        latents = latents if latents.stride(-1) == 1 else latents.contiguous()
+        latents = readable(latents)
         c_kv, tile_scale, k_rope = latents[..., :R], None, latents[..., R:]
     # Up to 16 queries: tensor cores idle anyway, and two small programs on each multiprocessor keep more bytes on the
     # way. More: 64 are what Hopper's wide products take, and one program fills a multiprocessor's shared memory.
@@ -987,17 +1007,19 @@ def decode_triton(q_latent, q_rope, latents, positions, scale, splits=None):
         splits = min(backend.multiprocessors(q_latent.device) * programs // (blocks * B), c_kv.shape[1] // 128)
         splits = max(splits, 1)
     out, positions = torch.empty(q_latent.shape, dtype=q_latent.dtype, device=q_latent.device), positions.contiguous()
-    parts = torch.empty(splits, *out.shape, dtype=out.dtype, device=out.device) if splits > 1 else out
+    parts = torch.empty(splits, *out.shape, dtype=torch.float32, device=out.device) if splits > 1 else out
     lse = torch.empty(splits, B, T, H, dtype=torch.float32, device=out.device)
-    args = (q_latent.contiguous(), q_rope.contiguous(), c_kv, k_rope, positions, parts, lse, scale * math.log2(math.e),
-            T, H, splits, *c_kv.stride()[:2], *k_rope.stride()[:2])
-    dims = dict(R=R, D_R=q_rope.shape[-1])
+    q_latent, q_rope, base2 = q_latent.contiguous(), q_rope.contiguous(), scale * math.log2(math.e)
     if wide:
-        wide_kernel[blocks, splits, B](*args, **dims, num_warps=warps)
+        read = lambda x: GluonDescriptor(x, x.shape, x.stride(), [1, 64, x.shape[-1]], WIDE)
+        wide_kernel[blocks, splits, B](q_latent, q_rope, read(c_kv), read(k_rope), positions, parts, lse, base2, T, H,
+                                       splits, R, num_warps=warps)
     else:
         s_strides = (0, 0) if tile_scale is None else tile_scale.stride()[:2]
-        decode_kernel[blocks, splits, B](*args, tile_scale, *s_strides, **dims, TILES=tiles(R), BLOCK_Q=BLOCK_Q,
-                                         BLOCK_S=BLOCK_S, STAGES=stages, num_warps=warps)
+        decode_kernel[blocks, splits, B](q_latent, q_rope, c_kv, k_rope, positions, parts, lse, base2, T, H, splits,
+                                         *c_kv.stride()[:2], *k_rope.stride()[:2], tile_scale, *s_strides, R=R,
+                                         D_R=q_rope.shape[-1], TILES=tiles(R), BLOCK_Q=BLOCK_Q, BLOCK_S=BLOCK_S,
+                                         STAGES=stages, num_warps=warps)
     if splits > 1:
         SPLITS = triton.next_power_of_2(splits)
         BLOCK_R = min(R, max(8192 // SPLITS, 16))

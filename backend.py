@@ -221,7 +221,7 @@ def fp8_kernels(device):
     if torch.version.hip or torch.cuda.get_device_capability(device) < (8, 9):
         return "torch", f"{torch.cuda.get_device_name(device)} does not multiply E4M3: NVIDIA's do from compute " \
                         f"capability 8.9"
-    return "Triton", "the GPU has FP8"
+    return "Triton", "and cuBLASLt for products of whole tiles" if hopper(device) else "the GPU has FP8"
 
 
 def experts(device, dtype, dims, fp8=False):

@@ -914,7 +914,7 @@ def fp8_products(name, inner, outer, N=4096):
     y, theirs = x.new_empty(N, outer), cublas(a, b)
     exact = a[:256].dequantize().double() @ b.dequantize().double().t()
     out = {"name": name, "M": N, "N": outer, "K": inner, "triton_error": error(fp8.gemm_triton(a, b, y)[:256], exact)}
-    runs = {"triton": lambda: fp8.gemm_triton(a, b, y), "bf16": lambda: x @ w.t()}
+    runs = {"triton": lambda: fp8.gemm_triton(a, b, y), "gemm": lambda: fp8.gemm(a, b, y), "bf16": lambda: x @ w.t()}
     if outer % 128 == 0:                                                       # kv_a's 576 are not whole blocks
         out["cublas_error"], runs["cublas"] = error(theirs()[:256], exact), theirs
     dy, xt, columns, _, x_columns = operands(outer, inner, N)                      # [out, tokens], [in, tokens]
@@ -922,7 +922,13 @@ def fp8_products(name, inner, outer, N=4096):
     runs |= {"wgrad_triton": lambda: fp8.gemm_triton(columns, x_columns, dw), "wgrad_cublas": wgrad_cublas,
              "wgrad_bf16": lambda: dy @ xt.t(), "wgrad_cublas_add": lambda: dw.add_(wgrad_cublas()),
              "wgrad_triton_add": lambda: fp8.gemm_triton(columns, x_columns, dw, True)}
-    return out | {run: 2 * N * outer * inner / ms / 1e9 for run, ms in in_turn(runs).items()}
+    r = {run: 2 * N * outer * inner / ms / 1e9 for run, ms in in_turn(runs, rounds=3).items()}
+    against = lambda ours, theirs: f"{r[ours] / r[theirs]:.2f}x" if theirs in r else "-"
+    print(f"{name}: {r['triton']:.0f} TFLOP/s, {against('triton', 'cublas')} cuBLASLt, "
+          f"{against('triton', 'bf16')} BF16; fp8.gemm {r['gemm']:.0f}; Wgrad {r['wgrad_triton']:.0f}, "
+          f"{against('wgrad_triton', 'wgrad_cublas')} cuBLASLt, {against('wgrad_triton', 'wgrad_bf16')} BF16; added to a gradient {r['wgrad_triton_add']:.0f}, "
+          f"{against('wgrad_triton_add', 'wgrad_cublas_add')} cuBLASLt", flush=True)
+    return out | r
 
 
 def fp8_few(M, N, K):
@@ -931,7 +937,10 @@ def fp8_few(M, N, K):
     y = x.new_empty(M, N)
     runs = {"triton": lambda: fp8.gemm_triton(a, b, y), "cublas": cublas(a, b), "bf16": lambda: x @ w.t()}
     out = {"M": M, "N": N, "K": K} | {name: seconds(run) * 1e6 for name, run in runs.items()}
-    return out | {"weight_tb_s": N * K / out["triton"] / 1e6}
+    out["weight_tb_s"] = N * K / out["triton"] / 1e6
+    print(f"{M} rows, {N} x {K}: {out['triton']:.1f} us, {out['cublas'] / out['triton']:.2f}x cuBLASLt, "
+          f"{out['bf16'] / out['triton']:.2f}x BF16, weights at {out['weight_tb_s']:.2f} TB/s", flush=True)
+    return out
 
 
 def fp8_linear(inner, outer, N=4096):
@@ -967,9 +976,6 @@ def fp8_quantization(M=8192, K=7168, F=2048):
     def both(x):
         return *rows(x), *rows(x.t().contiguous())
 
-    def columns(values, scale):
-        return rows((values.float().unflatten(-1, (-1, 128)) * scale[..., None]).flatten(-2).t().contiguous())
-
     def norm(x):
         return torch.nn.functional.rms_norm(x.float(), (K,), weight.float(), 1e-6).to(x.dtype)
 
@@ -977,24 +983,24 @@ def fp8_quantization(M=8192, K=7168, F=2048):
         a, b = h.chunk(2, -1)
         return torch.nn.functional.silu(a) * b * gate[:, None]
 
-    row, pair, column, normed, gated = (torch.compile(f, dynamic=False) for f in (rows, both, columns, norm, swiglu))
+    row, pair, normed, gated = (torch.compile(f, dynamic=False) for f in (rows, both, norm, swiglu))
     passes = {
         "rows": (3 * M * K, lambda: fp8.quantize_triton(x), lambda: row(x)),
         "rows and columns": (4 * M * K, lambda: fp8.quantize_triton(x, columns=True), lambda: pair(x)),
-        "FP8 rows to columns": (2 * M * K, lambda: fp8.quantize_triton(kept, rows=False, columns=True),
-                                lambda: column(kept.values, kept.scale)),
+        "FP8 rows to columns": (2 * M * K, lambda: fp8.quantize_triton(kept, rows=False, columns=True), None),
         "RMSNorm, rows": (3 * M * K, lambda: fp8.norm_quantize_triton(x, weight, 1e-6), lambda: row(normed(x))),
         "RMSNorm, rows and columns": (4 * M * K, lambda: fp8.norm_quantize_triton(x, weight, 1e-6, columns=True),
                                       lambda: pair(normed(x))),
         "SwiGLU, rows": (5 * M * F, lambda: fp8.swiglu_quantize_triton(h, gate), lambda: row(gated(h))),
-        "SwiGLU, rows and columns": (6 * M * F, lambda: fp8.swiglu_quantize_triton(h, gate, columns=True),
-                                     lambda: pair(gated(h))),
+        "SwiGLU, rows and columns": (6 * M * F, lambda: fp8.swiglu_quantize_triton(h, gate, columns=True), None),
         "blocks": (5 * M * K, lambda: fp8.blocks_triton(w), None),
         "transpose of blocks": (2 * M * K, lambda: fp8.transpose_triton(blocks), None)}
     out = {"copy": copy_rate(), "passes": {}}
     for name, (moved, ours, theirs) in passes.items():
         times = in_turn({"triton": ours, **({"compiled": theirs} if theirs else {})}, rounds=3)
-        out["passes"][name] = {form: moved / ms * 1e3 for form, ms in times.items()}
+        r = out["passes"][name] = {form: moved / ms * 1e3 for form, ms in times.items()}
+        print(f"{name}: {r['triton'] / 1e12:.2f} TB/s, {r['triton'] / out['copy']:.2f}x a copy"
+              + (f", {r['triton'] / r['compiled']:.2f}x compiled" if theirs else ""), flush=True)
     return out
 
 
@@ -1024,32 +1030,24 @@ def needs_fp8(section):
         raise UserError(f"bench.py {section}: a Hopper GPU with Triton is needed ({why})")
 
 
+def shown(row):
+    print({key: round(v, 5) if isinstance(v, float) else v for key, v in row.items()}, flush=True)
+    return row
+
+
 def fp8_on_a_gpu(options):
     needs_fp8("fp8")
-    shown = lambda row: print({key: round(v, 5) if isinstance(v, float) else v for key, v in row.items()},
-                              flush=True) or row
-    quantization = fp8_quantization()
-    for name, r in quantization["passes"].items():
-        against = f", {r['triton'] / r['compiled']:.2f}x compiled" if "compiled" in r else ""
-        print(f"{name}: {r['triton'] / 1e12:.2f} TB/s, {r['triton'] / quantization['copy']:.2f}x a copy{against}",
-              flush=True)
-    products = [fp8_products(name, *dims) for name, dims in V3_LINEARS.items()]
-    products.append(fp8_products("square", 8192, 8192, 8192))
-    for r in products:
-        against = lambda ours, theirs: f"{r[ours] / r[theirs]:.2f}x" if theirs in r else "-"              # noqa: B023
-        print(f"{r['name']}: {r['triton']:.0f} TFLOP/s, {against('triton', 'cublas')} cuBLASLt, "
-              f"{against('triton', 'bf16')} BF16; Wgrad {r['wgrad_triton']:.0f}, "
-              f"{against('wgrad_triton', 'wgrad_cublas')} and {against('wgrad_triton', 'wgrad_bf16')}; added to a "
-              f"gradient {r['wgrad_triton_add']:.0f}, {against('wgrad_triton_add', 'wgrad_cublas_add')}", flush=True)
-    few = [fp8_few(M, outer, inner) for M in (16, 64, 128) for inner, outer in V3_LINEARS.values()
-           if outer % 128 == 0]
-    for r in few:
-        print(f"{r['M']} rows, {r['N']} x {r['K']}: {r['triton']:.1f} us, {r['cublas'] / r['triton']:.2f}x cuBLASLt, "
-              f"{r['bf16'] / r['triton']:.2f}x BF16, weights at {r['weight_tb_s']:.2f} TB/s", flush=True)
-    linears = [shown({"name": name, **fp8_linear(*dims)}) for name, dims in V3_LINEARS.items()]
-    square = [shown(fp8_linear(dim, dim)) for dim in (256, 512, 1024, 2048, 4096, 8192)]  # where FP8 begins to pay
-    record("fp8", "python bench.py fp8", quantization=quantization, products=products, few=few, linears=linears,
-           square=square, adamw=shown(fp8_adamw()))
+    parts = {
+        "products": lambda: [fp8_products(name, *dims) for name, dims in V3_LINEARS.items()]
+        + [fp8_products("square", 8192, 8192, 8192)],
+        "few": lambda: [fp8_few(M, *V3_LINEARS[name][::-1]) for M in (16, 64, 128) for name in ("q_a", "gate/up", "o")],
+        "linears": lambda: [shown({"name": name, **fp8_linear(*dims)}) for name, dims in V3_LINEARS.items()],
+        "square": lambda: [shown(fp8_linear(dim, dim)) for dim in (256, 512, 1024, 2048, 4096, 8192)],  # where it pays
+        "adamw": lambda: shown(fp8_adamw()), "quantization": fp8_quantization}
+    out = {}
+    for name, measure in parts.items():
+        out[name] = measure()
+        record("fp8", "python bench.py fp8", **out)                            # what there is, should the rest not come
 
 
 # --- one layer of V3 as one GPU of 64 has it --------------------------------------------------------------------------
@@ -1120,7 +1118,8 @@ def layer_in(precision, moments):
     torch.cuda.empty_cache()
     nothing = torch.cuda.memory_allocated()
     part = Slice(c).train()
-    optimizer, weights = make_optimizer(c, part), list(part.parameters())
+    weights = list(part.parameters())
+    optimizer = make_optimizer(c, weights)
     wire, size = sum(t.nbytes for t in part.wire), lambda tensors: sum(t.nbytes for t in tensors)
     held = lambda: torch.cuda.memory_allocated() - nothing - wire
     bytes_ = {"weights": size(weights), "moments": size(t for s in optimizer.state.values() for t in s.values()
@@ -1470,8 +1469,8 @@ def clusters():
 def tables():
     """{name of a marked place in the README: its text}, from the committed results."""
     t, c, a, d, s = load("tiny"), load("char"), load("ablations"), load("decode"), load("speculation")
-    attention, low, p, o, eight, part, quality = (load(name) for name in (
-        "attention", "fp8_loss", "pipeline", "overlap", "fp8", "layer", "fp8_quality"))
+    attention, low, eight, part, quality = (load(n) for n in ("attention", "fp8_loss", "fp8", "layer", "fp8_quality"))
+    p, o = load("pipeline"), load("overlap")
     mean = lambda runs, key: statistics.mean(r[key] for r in runs)
     spread = lambda runs, key: statistics.stdev(r[key] for r in runs) if len(runs) > 1 else 0.0
     vio = lambda runs: f"{mean(runs, 'max_vio'):.2f}" if mean(runs, "max_vio") else "-"
@@ -1545,6 +1544,53 @@ def tables():
             "|---|---|---|---|",
             *(f"| {name} | {', '.join(f'{x:.4f}' for x in of(key, 'loss'))} | {against(key):+.2%} | "
               f"{', '.join(f'{x:.4f}' for x in of(key, 'val_loss'))} |" for key, name in names.items())])
+    if eight and "quantization" in eight:
+        ratio = lambda r, ours, theirs, what: f"{r[ours]:.0f}" + (
+            f" ({r[ours] / r[theirs]:.2f}x {what})" if theirs in r else "")
+        copy = eight["quantization"]["copy"]
+        out["fp8_kernels"] = "\n".join([
+            "| Linear: tokens, in, out | Fprop, TFLOP/s | against BF16 | Wgrad | added to a gradient |",
+            "|---|---|---|---|---|",
+            *(f"| {r['name']}: {r['M']}, {r['K']}, {r['N']} | {ratio(r, 'triton', 'cublas', 'cuBLASLt')} | "
+              f"{r['triton'] / r['bf16']:.2f}x | {ratio(r, 'wgrad_triton', 'wgrad_cublas', 'cuBLASLt')} | "
+              f"{ratio(r, 'wgrad_triton_add', 'wgrad_cublas_add', 'cuBLASLt and a sum')} |" for r in eight["products"]),
+            "", "| few rows: rows, in, out | microseconds | cuBLASLt | BF16 |", "|---|---|---|---|",
+            *(f"| {r['M']}, {r['K']}, {r['N']} | {r['triton']:.1f} | {r['cublas']:.1f} | {r['bf16']:.1f} |"
+              for r in eight["few"]),
+            "", "| in one pass | TB/s | against a copy | against torch.compile |", "|---|---|---|---|",
+            *(f"| {name} | {r['triton'] / 1e12:.2f} | {r['triton'] / copy:.2f}x | "
+              + (f"{r['triton'] / r['compiled']:.2f}x" if "compiled" in r else "") + " |"
+              for name, r in eight["quantization"]["passes"].items())])
+    if eight and "adamw" in eight:
+        row = lambda what, r: f"| {what} | {r['bf16']:.3f} | {r['fp8']:.3f} | {r['bf16'] / r['fp8']:.2f}x |"
+        every = {key: sum(r[key] for r in eight["linears"]) for key in ("bf16", "fp8")}
+        out["fp8_linears"] = "\n".join([
+            "| Linear: in, out | BF16, ms | FP8, ms | speed |", "|---|---|---|---|",
+            *(row(f"{r['name']}: {r['in']}, {r['out']}", r) for r in eight["linears"]), row("together", every),
+            *(row(f"{r['in']}, {r['out']}", r) for r in eight["square"]), "",
+            f"{eight['gpu']}. AdamW, bytes read and written per second: " + "; ".join(
+                f"{name} moments {r['bytes_per_s'] / 1e12:.2f} TB/s ({r['ms']:.2f} ms)"
+                for name, r in eight["adamw"].items()) + "."])
+    if part:
+        sides, GB = part["runs"], lambda size: f"{size / 1e9:.2f}"
+        line = lambda name, value: f"| {name} | " + " | ".join(map(value, sides)) + " |"
+        out["layer"] = "\n".join([
+            line("", lambda r: f"{r['precision'].upper()}, {r['moments'].upper()} moments"), "|---|---|---|",
+            line("ms a step, 4096 tokens", lambda r: f"{r['ms']:.1f}"),
+            line("tokens/s", lambda r: f"{r['tokens_per_s']:,.0f}"),
+            line("TFLOP/s of the model", lambda r: f"{r['tflops']:.0f}"),
+            line("GPU hours per trillion tokens", lambda r: f"{r['gpu_hours_per_trillion_tokens'] / 1e3:.0f}K"),
+            line("peak memory, GB", lambda r: GB(r["peak_bytes"])),
+            *(line(f"... {what}", lambda r, what=what: GB(r["bytes"][what])) for what in sides[0]["bytes"]), "",
+            f"{part['gpu']}. FP8 against BF16: {part['speedup']:.2f}x the speed, {part['memory']:.2f}x the memory."])
+    if quality:
+        out["fp8_quality"] = "\n".join([
+            "| | training loss, mean of the last 100 steps | against the first | validation loss | tokens/s |",
+            "|---|---|---|---|---|",
+            *(f"| {r['name']} | {r['loss']:.4f} | {r['difference']:+.2%} | "
+              + (f"{r['val_loss']:.4f}" if r["val_loss"] else "-") + f" | {r['tokens_per_s']:,.0f} |"
+              for r in quality["runs"]), "",
+            f"{quality['gpu']}, the three at once, {quality['steps']} steps of 32 sequences."])
     if p:
         cell = lambda r: "" if r is None else f"{min(r['measured']):.2f}" + (
             f" ({min(r['measured']) / r['simulated'] - 1:+.1%})" if "simulated" in r else "")
@@ -1586,36 +1632,6 @@ def tables():
             *(f"| {'--compile=True' if r['compiled'] else 'eager'} | {r['tokens_per_s']:,.0f} | "
               f"{r['peak_bytes'] / 1e9:.1f} |" for r in m["runs"]), "",
             f"{m['gpu']}, {m['runs'][0]['tokens']:,} tokens."])
-    if eight:
-        row = lambda what, r: f"| {what} | {r['bf16']:.3f} | {r['fp8']:.3f} | {r['bf16'] / r['fp8']:.2f}x |"
-        every = {key: sum(r[key] for r in eight["linears"]) for key in ("bf16", "fp8")}
-        out["fp8_linears"] = "\n".join([
-            "| Linear: in, out | BF16, ms | FP8, ms | speed |", "|---|---|---|---|",
-            *(row(f"{r['name']}: {r['in']}, {r['out']}", r) for r in eight["linears"]), row("together", every),
-            *(row(f"{r['in']}, {r['out']}", r) for r in eight["square"]), "",
-            f"{eight['gpu']}. AdamW, bytes read and written per second: " + "; ".join(
-                f"{name} moments {r['bytes_per_s'] / 1e12:.2f} TB/s ({r['ms']:.2f} ms)"
-                for name, r in eight["adamw"].items()) + "."])
-    if part:
-        sides, GB = part["runs"], lambda size: f"{size / 1e9:.2f}"
-        line = lambda name, value: f"| {name} | " + " | ".join(map(value, sides)) + " |"
-        out["layer"] = "\n".join([
-            line("", lambda r: f"{r['precision'].upper()}, {r['moments'].upper()} moments"), "|---|---|---|",
-            line("ms a step, 4096 tokens", lambda r: f"{r['ms']:.1f}"),
-            line("tokens/s", lambda r: f"{r['tokens_per_s']:,.0f}"),
-            line("TFLOP/s of the model", lambda r: f"{r['tflops']:.0f}"),
-            line("GPU hours per trillion tokens", lambda r: f"{r['gpu_hours_per_trillion_tokens'] / 1e3:.0f}K"),
-            line("peak memory, GB", lambda r: GB(r["peak_bytes"])),
-            *(line(f"... {what}", lambda r, what=what: GB(r["bytes"][what])) for what in sides[0]["bytes"]), "",
-            f"{part['gpu']}. FP8 against BF16: {part['speedup']:.2f}x the speed, {part['memory']:.2f}x the memory."])
-    if quality:
-        out["fp8_quality"] = "\n".join([
-            "| | training loss, mean of the last 100 steps | against the first | validation loss | tokens/s |",
-            "|---|---|---|---|---|",
-            *(f"| {r['name']} | {r['loss']:.4f} | {r['difference']:+.2%} | "
-              + (f"{r['val_loss']:.4f}" if r["val_loss"] else "-") + f" | {r['tokens_per_s']:,.0f} |"
-              for r in quality["runs"]), "",
-            f"{quality['gpu']}, the three at once, {quality['steps']} steps of 32 sequences."])
     if s:
         rows = lambda s: "\n".join([
             "| drafts | of them accepted | tokens per forward pass | time of the drafts / of a plain step | tokens/s | "

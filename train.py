@@ -371,7 +371,7 @@ def run(c, device, mesh, newest, command):
     if c.compile:
         for block in [*modules[0].layers, *(m.block for m in modules[0].mtp)]:
             block.compile()
-    elif c.batch_size > c.micro_batch_size and not pipe:
+    elif not pipe:
         for p in modules[0].parameters():
             p.queue = AtOnce()                                     # later micro-batches add to .grad inside the product
 

@@ -112,7 +112,7 @@ def test_rmsnorm_is_quantized_in_the_pass_that_computes_it(M, K):
         equal(row, quantize_torch(norm(whole), pow2=pow2))
         equal(column, quantize_torch(norm(whole).t(), pow2=pow2))
     x = samples(M, K)["bf16"].to(DEVICE)
-    row, column = both(fp8.norm_quantize_triton, x, weight, 1e-6)
+    row, column = fp8.norm_quantize_triton(x, weight, 1e-6, columns=True)
     close(row, quantize_torch(norm(x.float())))
     close(column, quantize_torch(norm(x.float()).t()))
 
@@ -172,8 +172,8 @@ def relative(y, expected):
                          + [(4096, 24576, 256), (900, 700, 4000)] * GPU)
 @pytest.mark.parametrize("product", PRODUCTS, ids=lambda product: product.__name__)
 def test_the_product_is_the_references(M, N, K, blocks, product):
-    if product is fp8.gemm_few and (M > fp8.FEW or not blocks):
-        return
+    if product is fp8.gemm_few and (M > fp8.FEW or not blocks) or product is fp8.gemm_wide and (M % 4 or N % 4):
+        product = fp8.gemm_triton                                               # which goes another way
     a, b = operands(M, N, K, blocks)
     for dtype, limit in ((torch.float32, 1e-3 if GPU else 1e-6), (torch.bfloat16, 2**-8)):        # one bit of BF16
         # The hardware keeps 14 bits of the sums inside 128 that the reference and the interpreter take in float32.
@@ -198,7 +198,7 @@ def test_the_products_error_against_float64_is_no_larger_than_cublaslts(M, N, K)
     for product in (fp8.gemm_plain, fp8.gemm_wide, fp8.gemm_few)[:3 if M <= fp8.FEW else 2]:
         y = product(a, b, torch.empty(M, N, device=DEVICE, dtype=torch.bfloat16))
         assert relative(y, exact) <= 1.05 * theirs
-    a, b = operands(256, 384, M, False)                                                                # Wgrad's form
+    a, b = operands(256, 384, 4096, False)                                                             # Wgrad's form
     exact = a.dequantize().double() @ b.dequantize().double().t()
     theirs = relative(cublas(a, b, torch.float32)(), exact)
     for product in (fp8.gemm_plain, fp8.gemm_wide):
@@ -234,8 +234,8 @@ def test_where_no_sum_is_rounded_the_product_is_the_references_bit_for_bit(block
 
 @pytest.mark.parametrize("product", [fp8.gemm_plain] + [fp8.gemm_wide] * HOPPER, ids=lambda product: product.__name__)
 def test_a_product_is_added_to_the_gradient_that_is_there(product):
-    a, b = (fp8.quantize_triton(torch.randn(n, 150, device=DEVICE))[0] for n in (70, 140))
-    before = torch.randn(70, 140, device=DEVICE)
+    a, b = (fp8.quantize_triton(torch.randn(n, 150, device=DEVICE))[0] for n in (72, 140))
+    before = torch.randn(72, 140, device=DEVICE)
     expected = before + gemm_torch(a, b)
     for y in (fp8.gemm(a, b, before.clone(), reference=True, add=True), fp8.gemm(a, b, before.clone(), add=True),
               product(a, b, before.clone(), add=True)):
@@ -261,7 +261,6 @@ def test_the_rows_of_one_expert_are_multiplied_where_they_lie():
 def test_a_whole_linear_on_the_kernels_is_the_references(kept, monkeypatch):
     if not GPU:
         monkeypatch.setattr(backend, "fp8_kernels", lambda device: ("Triton", "a test"))
-        monkeypatch.setattr(fp8, "takes_cublas", lambda *_: False)
     x, dy = torch.randn(150, 140, device=DEVICE), torch.randn(150, 60, device=DEVICE)
     grads = []
     for reference in (True, False):

@@ -8,7 +8,8 @@
     loads       which experts work: over the steps of a training run, and on library code, tests and documentation
     decode      attention over the latent cache against torch.compile; tokens/s of generation (needs a GPU)
     attention   training attention, norm, RoPE and recomputation on a GPU: python bench.py attention
-    moe         the routed experts against torch.compile of F.grouped_mm, and a training step of bench_1b on a GPU
+    moe         the routed experts against torch.compile of F.grouped_mm (a Hopper GPU)
+    step        a training step of configs/bench_1b.py on random tokens, eager and compiled (a GPU)
     fp8_error   what promotion to FP32 saves in a product of FP8 numbers, against its length K
     fp8_tiny    the default job's first 150 steps in FP32 and FP8 (the reference)
     fp8_loss    char in FP32, BF16 and FP8 (the reference): python bench.py fp8_loss --data=FILE
@@ -36,7 +37,7 @@ import sysconfig
 import tempfile
 import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from unittest import mock
 
@@ -708,16 +709,19 @@ def grouped_experts(x, indices, weights, w13, w2):
     return torch.zeros_like(x).index_add(0, order // K, rows)
 
 
+def moe_forms():
+    return {"compiled": torch.compile(grouped_experts), "Triton": experts.routed_triton,
+            "Triton, FP8": lambda *inputs: experts.routed_triton(*inputs, fp8.Recipe())}
+
+
 def moe_layer(name):
     """Milliseconds of forward, and of forward and backward, and the bytes kept in between: casting and quantizing the
     weights included, as if each were an optimizer step."""
     N, E, K, D, F = MOE_SHAPES[name]
     x, indices, *rest = moe_inputs(N, E, K, D, F)
     leaves, dout = [t.requires_grad_() for t in (x, *rest)], torch.randn_like(x)
-    forms = {"compiled": torch.compile(grouped_experts), "Triton": experts.routed_triton,
-             "Triton, FP8": lambda *inputs: experts.routed_triton(*inputs, fp8.Recipe())}
     out = {"name": name, "tokens": N, "experts": E, "chosen": K, "dim": D, "inter": F}
-    for form, run in forms.items():
+    for form, run in moe_forms().items():
         def forward():
             for w in leaves[2:]:
                 torch.autograd.graph.increment_version(w)
@@ -740,36 +744,62 @@ def moe_layer(name):
     return out
 
 
-def moe_products(name):
+def moe_products(name, tokens=None):
     """The first product of the experts alone, TFLOP/s: F.grouped_mm, and ours in BF16 and FP8, with and without the
     quantization of the activations."""
     N, E, K, D, F = MOE_SHAPES[name]
+    N = tokens or N
     x, indices, _, w13, _ = moe_inputs(N, E, K, D, F)
-    plan, w, tiles = experts.plan_triton(indices, E), w13.to(x.dtype), experts.HOPPER
-    rows = x[plan.pair.clamp_min(0) // K] * (plan.pair >= 0)[:, None]
+    plan, w, w8 = experts.plan_triton(indices, E), w13.to(x.dtype), fp8.quantized(w13, False)
+    rows, rows8 = experts.gather_triton(x, plan), experts.gather8_triton(x, plan)[0]
     packed, ends = rows[plan.pair >= 0], torch.bincount(indices.flatten(), minlength=E).cumsum(0).to(torch.int32)
-    w8, rows8 = fp8.quantized(w13, False), experts.gather8_triton(x, plan)[0]
-    rate = lambda run: 4 * N * K * D * F / milliseconds(run) / 1e9
+    rate = lambda run: 4 * N * K * D * F / milliseconds(run, 40) / 1e9
     out = {"name": name,
            "grouped_mm": rate(lambda: torch.nn.functional.grouped_mm(packed, w.transpose(1, 2), offs=ends)),
-           "bf16": rate(lambda: experts.rows_triton(rows, w, plan, False, tiles)),
-           "fp8": rate(lambda: experts.rows8_triton(rows8, w8, plan, x.dtype)),
-           "fp8_quantizing": rate(lambda: experts.rows8_triton(experts.gather8_triton(x, plan)[0], w8, plan, x.dtype))}
-    print({key: value if key == "name" else round(value) for key, value in out.items()}, flush=True)
+           "bf16": rate(lambda: experts.rows_triton(rows, w, plan, False, experts.HOPPER)),
+           "fp8": rate(lambda: experts.rows8(rows8, w8, plan, x.dtype)),
+           "fp8_quantizing": rate(lambda: experts.rows8(experts.gather8_triton(x, plan)[0], w8, plan, x.dtype))}
+    if not tokens:
+        print({key: value if key == "name" else round(value) for key, value in out.items()}, flush=True)
     return out
 
 
-def training_step(precision, batch=16, steps=8):
-    """Tokens/s and peak bytes of whole training steps of configs/bench_1b.py, compiled, on random tokens."""
-    c = configs.load(["configs/bench_1b.py", f"--precision={precision}", "--bf16_head=True"])
-    torch._dynamo.reset()
+def moe_prepare(name, form):
+    """In a process of its own: compile what a form needs, into the caches on disk."""
+    N, E, K, D, F = MOE_SHAPES[name]
+    tokens = N if form == "compiled" else 4096                       # torch.compile compiles for a number of tokens
+    x, indices, *rest = moe_inputs(tokens, E, K, D, F)
+    leaves = [t.requires_grad_() for t in (x, *rest)]
+    torch.autograd.grad(moe_forms()[form](leaves[0], indices, *leaves[1:]), leaves, torch.randn_like(x))
+    if form == "Triton":
+        moe_products(name, tokens)
+
+
+def moe_on_a_gpu(options):
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    path, why = backend.experts(device, torch.bfloat16, (128, 128))
+    if path != "Triton":
+        raise UserError(f"bench.py moe: a Hopper GPU with Triton is needed ({why})")
+    jobs = [(name, form) for form in moe_forms() for name in MOE_SHAPES]
+    with ProcessPoolExecutor(len(jobs), multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(moe_prepare, *zip(*jobs)))
+    layers, products = [], []
+    for name in MOE_SHAPES:
+        products.append(moe_products(name))
+        layers.append(moe_layer(name))
+        record("moe", "python bench.py moe", layers=layers, products=products)
+
+
+def training_step(compiled, batch=16, steps=8):
+    """Tokens/s and peak bytes of whole training steps of configs/bench_1b.py on random tokens."""
+    c = configs.load(["configs/bench_1b.py", "--bf16_head=True"])
     with torch.device("cuda"):
         v3 = V3(c).train()
-    for block in v3.layers:
+    for block in v3.layers if compiled else ():
         block.compile()
-    optimizer = torch.optim.AdamW(v3.parameters(), lr=c.lr, betas=(c.beta1, c.beta2), weight_decay=c.weight_decay,
-                                  fused=True)
-    tokens, times = torch.randint(c.vocab_size, (batch, c.seq_len + 1), device="cuda"), []
+    optimizer, times = make_optimizer(c, v3.parameters()), []
+    tokens = torch.randint(c.vocab_size, (batch, c.seq_len + 1), device="cuda")
+    torch.cuda.reset_peak_memory_stats()
     for _ in range(steps):
         began = time.perf_counter()
         v3.loss(tokens, totals=([batch * c.seq_len], batch))[0].backward()
@@ -778,19 +808,20 @@ def training_step(precision, batch=16, steps=8):
         optimizer.zero_grad(set_to_none=True)
         torch.cuda.synchronize()
         times.append(time.perf_counter() - began)
-    out = {"precision": precision, "tokens_per_s": batch * c.seq_len / statistics.median(times[steps // 2:]),
-           "peak_bytes": torch.cuda.max_memory_allocated()}
-    print(f"{precision}: {out['tokens_per_s']:,.0f} tokens/s, {out['peak_bytes'] / 1e9:.1f} GB", flush=True)
+    out = {"compiled": compiled, "tokens": batch * c.seq_len, "peak_bytes": torch.cuda.max_memory_allocated(),
+           "tokens_per_s": batch * c.seq_len / statistics.median(times[steps // 2:])}
+    print(f"{'compiled' if compiled else 'eager'}: {out['tokens_per_s']:,.0f} tokens/s, "
+          f"{out['peak_bytes'] / 1e9:.1f} GB", flush=True)
     return out
 
 
-def moe_on_a_gpu(options):
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    path, why = backend.experts(device, torch.bfloat16, (128, 128))
-    if path != "Triton":
-        raise UserError(f"bench.py moe: a Hopper GPU with Triton is needed ({why})")
-    record("moe", "python bench.py moe", layers=[moe_layer(name) for name in MOE_SHAPES],
-           products=[moe_products(name) for name in MOE_SHAPES], steps=[training_step("bf16")])
+def step(options):
+    if not torch.cuda.is_available():
+        raise UserError("bench.py step: a GPU is needed")
+    runs = []
+    for compiled in (False, True):
+        runs.append(training_step(compiled))
+        record("step", "python bench.py step", runs=runs)
 
 
 # --- FP8 --------------------------------------------------------------------------------------------------------------
@@ -1600,6 +1631,27 @@ def tables():
             "", f"{o['gpu']}, two of {o['shape']}, in each chunk." + (
                 f" In the figure {o['timeline']['under_kernels']:.0%} of the copies lie under kernels."
                 if "timeline" in o else "")])
+    if m := load("moe"):
+        times = lambda r, form: (r[form]["forward_ms"], r[form]["both_ms"])
+        cell = lambda r, form: "{:.2f}, {:.2f}".format(*times(r, form))
+        beside = lambda r, form: f"{cell(r, form)} ({{:.2f}}x, {{:.2f}}x) | {{:.2f}}x".format(
+            *(theirs / ours for theirs, ours in zip(times(r, "compiled"), times(r, form))),
+            r[form]["kept_bytes"] / r["compiled"]["kept_bytes"])
+        out["moe"] = "\n".join([
+            "| tokens, experts, active, dim, inter | torch.compile: forward, both, ms | BF16 | kept | FP8 | kept |",
+            "|---|---|---|---|---|---|",
+            *(f"| {r['name']}: {r['tokens']:,}, {r['experts']}, {r['chosen']}, {r['dim']}, {r['inter']} | "
+              f"{cell(r, 'compiled')} | {beside(r, 'Triton')} | {beside(r, 'Triton, FP8')} |" for r in m["layers"]), "",
+            "| TFLOP/s of the first product alone | F.grouped_mm | BF16 | FP8 | FP8 and quantizing |",
+            "|---|---|---|---|---|",
+            *(f"| {r['name']} | {r['grouped_mm']:.0f} | {r['bf16']:.0f} | {r['fp8']:.0f} | {r['fp8_quantizing']:.0f} |"
+              for r in m["products"]), "", f"{m['gpu']}, {m['torch']}; casting and quantizing the weights included."])
+    if m := load("step"):
+        out["step"] = "\n".join([
+            "| a training step of config/bench_1b.py | tokens/s | peak memory, GB |", "|---|---|---|",
+            *(f"| {'--compile=True' if r['compiled'] else 'eager'} | {r['tokens_per_s']:,.0f} | "
+              f"{r['peak_bytes'] / 1e9:.1f} |" for r in m["runs"]), "",
+            f"{m['gpu']}, {m['runs'][0]['tokens']:,} tokens."])
     if s:
         rows = lambda s: "\n".join([
             "| drafts | of them accepted | tokens per forward pass | time of the drafts / of a plain step | tokens/s | "
@@ -1706,7 +1758,7 @@ def readme(options):
 
 
 SECTIONS = {"tiny": tiny, "char": char, "ablations": ablations, "speculation": speculation, "loads": loads,
-            "attention": attention, "decode": decode, "moe": moe_on_a_gpu, "fp8_error": fp8_error,
+            "attention": attention, "decode": decode, "moe": moe_on_a_gpu, "step": step, "fp8_error": fp8_error,
             "fp8_tiny": fp8_tiny, "fp8_loss": fp8_loss, "fp8": fp8_on_a_gpu, "layer": layer,
             "fp8_quality": fp8_quality, "pipeline": pipeline, "overlap": overlap, "readme": readme}
 

@@ -1,5 +1,35 @@
-"""The routed experts of many tokens in Triton: sorted by index, multiplied where they lie, summed by token.
+"""The routed experts of many tokens as kernels: moe.routed_torch without its copies and without its waits.
 
+The problem. What the experts compute is two products. Around them torch moves more bytes than the products read: it
+copies each token to its K rows, sorted by expert, passes over the rows for SwiGLU and for the gate's weights, adds them
+up, and keeps most of it for backward. And how many rows an expert has is known to the device alone, so that the host,
+which would start a product for each expert, has to wait.
+
+Here indices are sorted, and tokens are gathered while they are loaded (section 2.1.2, equation 12):
+
+    plan          pair [R]: which (token, choice) sits in each row, the rows of one expert together
+    up            h = x[token] W13^T, and from the sums, still in registers, a = weight * SwiGLU(h)
+    rows, sum     y = a W2^T; out = the sum of each token's rows, in the order of its choices
+
+    backward, from dout and from what was kept, x and h:
+    gather        dy = dout[token]: three products read it
+    hidden_grad   da = dy W2, and at once dh, a once more, and the gradient of the gate's weights, <da, a> / weight
+    rows, sum     dx = the sum of each token's rows of dh W13
+    weight_grad   dW2_e = dy^T a, dW13_e = dh^T x[token], over the rows of expert e
+
+Each expert's rows begin at a multiple of 128, so that a tile of rows has one expert: indices are padded, with rows that
+are nobody's. The host knows an upper bound, N K / 128 + E tiles, and starts programs for as many; those left over end
+at once. Nothing waits, so a CUDA graph can record it all. Sums are in a fixed order, never by atomic additions: they
+have the same bits every time.
+
+The masters of the weights are FP32. Their copy in BF16 is made once per optimizer step and stays with the parameter, as
+FP8's does: casting costs a tenth of a small layer's time, and several micro-batches share it. It is 2 bytes a weight,
+which autograd would keep of a cast in every forward pass too.
+
+In FP8 (3.3) a token is quantized once and its bytes are gathered. The passes over memory that gather rows, and those
+of SwiGLU and its gradient, write the 1x128 and the 128x1 tiles which the products want. h is kept in FP8.
+
+Shapes: N tokens, K choices, E experts of this rank, D dim, F moe_inter_dim, R rows, an upper bound.
 """
 from dataclasses import dataclass
 from functools import partial
@@ -12,9 +42,13 @@ from fp8 import BLOCK, Quantized, empty, quantize_triton, quantized, transpose, 
 if backend.has_triton():
     import triton
     import triton.language as tl
+    from triton.experimental import gluon
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.language.nvidia import hopper
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as Described
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    from fp8 import scale_of, to_e4m3
+    from fp8 import load_tile, scale_of, store_tile, to_e4m3
 
 
 # --- the plan: which row is whose -------------------------------------------------------------------------------------
@@ -173,13 +207,14 @@ if backend.has_triton():
 
     @triton.jit
     def gather_kernel(x, pair, expert, rows, D: tl.constexpr, K: tl.constexpr, HEIGHT: tl.constexpr,
-                      BLOCK_D: tl.constexpr):
-        """One row's token, zeros where the row is nobody's."""
-        r, d = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-        if tl.load(expert + r // HEIGHT) >= 0:
+                      BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
+        """The tokens of BLOCK_M rows, zeros where a row is nobody's."""
+        r, d = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+        if tl.load(expert + tl.program_id(0) * BLOCK_M // HEIGHT) >= 0:
             p = tl.load(pair + r)
-            token = tl.load(x + (p // K).to(tl.int64) * D + d, mask=d < tl.where(p >= 0, D, 0), other=0.0)
-            tl.store(rows + r * D + d, token, mask=d < D)
+            token = x + (p // K).to(tl.int64)[:, None] * D + d[None, :]
+            token = tl.load(token, mask=(p >= 0)[:, None] & (d < D)[None, :], other=0.0)
+            tl.store(rows + r.to(tl.int64)[:, None] * D + d[None, :], token, mask=(d < D)[None, :])
 
     @triton.jit
     def hidden_grad_kernel(dy, w2, pair, expert, weights, h, a, dh, dweight, R, D: tl.constexpr, F: tl.constexpr,
@@ -210,10 +245,9 @@ if backend.has_triton():
             tl.store(dweight + j * R + r, part)
 
     @triton.jit
-    def weight_grad_kernel(left, right, start, dw, M: tl.constexpr, N: tl.constexpr, ADD: tl.constexpr,
-                           BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, GROUP: tl.constexpr,
-                           STAGES: tl.constexpr):
-        """BLOCK_M x BLOCK_N of dW_e = left^T right over the rows of expert e; ADD: added to what is there."""
+    def weight_grad_kernel(left, right, start, dw, M: tl.constexpr, N: tl.constexpr, BLOCK_M: tl.constexpr,
+                           BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr):
+        """BLOCK_M x BLOCK_N of dW_e = left^T right over the rows of expert e."""
         columns = tl.cdiv(N, BLOCK_N)
         tiles = columns * tl.cdiv(M, BLOCK_M)
         e, here = tl.program_id(0) // tiles, tl.program_id(0) % tiles
@@ -224,10 +258,8 @@ if backend.has_triton():
         for at in tl.range(tl.load(start + e), tl.load(start + e + 1), BLOCK_R, num_stages=STAGES):
             total = tl.dot(left.load([at, i * BLOCK_M]).T, right.load([at, j * BLOCK_N]), total, input_precision="ieee")
         m, n = i * BLOCK_M + tl.arange(0, BLOCK_M), j * BLOCK_N + tl.arange(0, BLOCK_N)
-        to, inside = dw + e.to(tl.int64) * (M * N) + m[:, None] * N + n[None, :], (m < M)[:, None] & (n < N)[None, :]
-        if ADD:
-            total += tl.load(to, mask=inside, other=0.0)
-        tl.store(to, total, mask=inside)
+        to = dw + e.to(tl.int64) * (M * N) + m[:, None] * N + n[None, :]
+        tl.store(to, total, mask=(m < M)[:, None] & (n < N)[None, :])
 
 
 def described(x, *block):
@@ -284,8 +316,8 @@ def sum_triton(rows, plan):
 def gather_triton(x, plan):
     """x [N, D] -> its rows [R, D]."""
     R, D, K = len(plan.pair), x.shape[1], plan.row.shape[1]
-    rows, BLOCK_D = x.new_empty(R, D), min(1024, triton.next_power_of_2(D))
-    gather_kernel[R, triton.cdiv(D, BLOCK_D)](x, plan.pair, plan.expert, rows, D, K, plan.height, BLOCK_D, num_warps=4)
+    rows, BLOCK_D = x.new_empty(R, D), min(512, triton.next_power_of_2(D))
+    gather_kernel[R // 16, triton.cdiv(D, BLOCK_D)](x, plan.pair, plan.expert, rows, D, K, plan.height, 16, BLOCK_D)
     return rows
 
 
@@ -305,12 +337,11 @@ def weights_grad(part, plan):
     return part.sum(0)[plan.row.clamp_min(0)].masked_fill(plan.row < 0, 0)
 
 
-def weight_grad_triton(left, right, plan, weight, t, grad=None):
-    """dW [E, M, N], the sum of left^T right over the rows of each expert: left [R, M], right [R, N]; added to `grad`
-    if that is given."""
-    (E, M, N), dw = weight.shape, torch.empty_like(weight) if grad is None else grad
+def weight_grad_triton(left, right, plan, weight, t):
+    """dW [E, M, N], the sum of left^T right over the rows of each expert: left [R, M], right [R, N]."""
+    (E, M, N), dw = weight.shape, torch.empty_like(weight)
     weight_grad_kernel[E * triton.cdiv(M, t.rows) * triton.cdiv(N, t.wide),](
-        described(left, t.deep, t.rows), described(right, t.deep, t.wide), plan.start, dw, M, N, grad is not None,
+        described(left, t.deep, t.rows), described(right, t.deep, t.wide), plan.start, dw, M, N,
         t.rows, t.wide, t.deep, t.group, t.stages, num_warps=t.warps)
     return dw
 
@@ -324,6 +355,31 @@ def cast(weight, dtype):
     if getattr(weight, "low", (None,))[0] != key:
         weight.low = key, weight.detach().to(dtype)
     return weight.low[1]
+
+
+class Routed(torch.autograd.Function):
+    """routed_triton in x's dtype."""
+
+    @staticmethod
+    def forward(ctx, x, weights, w13, w2, indices, rows, keep):
+        tiles = HOPPER if x.element_size() == 2 else SMALL
+        x, weights, low = x.contiguous(), weights.contiguous(), [cast(w, x.dtype) for w in (w13, w2)]
+        plan = plan_triton(indices, len(w13), tiles.rows, rows)
+        a, h = up_triton(x, weights, low[0], plan, keep, tiles)
+        ctx.save_for_backward(x, weights, h)
+        ctx.plan, ctx.low, ctx.parameters, ctx.tiles = plan, low, (w13, w2), tiles
+        return sum_triton(rows_triton(a, low[1], plan, False, tiles), plan)
+
+    @staticmethod
+    def backward(ctx, dout):
+        (x, weights, h), (w13, w2), plan, tiles = ctx.saved_tensors, ctx.parameters, ctx.plan, ctx.tiles
+        dy = gather_triton(dout.contiguous(), plan)
+        dh, a, dweights = hidden_grad_triton(dy, ctx.low[1], weights, h, plan, tiles)
+        dx = sum_triton(rows_triton(dh, ctx.low[0], plan, True, tiles), plan)
+        dw2 = weight_gradient(w2, partial(weight_grad_triton, dy, a, plan, w2, tiles))
+        del dy, a                                                                 # before x asks for as much memory
+        dw13 = weight_gradient(w13, lambda: weight_grad_triton(dh, gather_triton(x, plan), plan, w13, tiles))
+        return dx, dweights.to(weights.dtype), dw13, dw2, None, None, None
 
 
 # --- in FP8 -----------------------------------------------------------------------------------------------------------
@@ -443,7 +499,7 @@ if backend.has_triton():
 
     @triton.jit
     def weight_grad8_kernel(left, left_scale, right, right_scale, start, dw, M: tl.constexpr, N: tl.constexpr,
-                            ADD: tl.constexpr, BLOCK_M: tl.constexpr, STAGES: tl.constexpr):
+                            BLOCK_M: tl.constexpr, STAGES: tl.constexpr):
         """BLOCK_M x 128 of dW_e = left right^T over the rows of expert e: left [M, R], right [N, R] in 1x128 tiles."""
         columns = tl.cdiv(N, 128)
         tiles = columns * tl.cdiv(M, BLOCK_M)
@@ -454,10 +510,154 @@ if backend.has_triton():
             dot = tl.dot(left.load([i * BLOCK_M, k * 128]), right.load([j * 128, k * 128]).T)
             s = tl.load(left_scale + k * M + m, mask=m < M, other=0.0)
             total += dot * (s[:, None] * tl.load(right_scale + k * N + n, mask=n < N, other=0.0)[None, :])
-        to, inside = dw + e.to(tl.int64) * (M * N) + m[:, None] * N + n[None, :], (m < M)[:, None] & (n < N)[None, :]
-        if ADD:
-            total += tl.load(to, mask=inside, other=0.0)
-        tl.store(to, total, mask=inside)
+        to = dw + e.to(tl.int64) * (M * N) + m[:, None] * N + n[None, :]
+        tl.store(to, total, mask=(m < M)[:, None] & (n < N)[None, :])
+
+
+# The same two products written for Hopper. In the kernels above every warp loads, multiplies, and then scales and adds,
+# while the tensor cores wait. Here two groups of four warps multiply, each 64 rows of a tile, and while one scales and
+# adds the other has the tensor cores; a ninth warp does nothing but start loads, into a ring of STAGES slots: a slot is
+# `full` when its bytes have come, and `empty` when both groups have read it. A multiprocessor runs one program, which
+# walks over tiles. Triton's interpreter can't run it, so the kernels above are also what says what it computes.
+
+if backend.has_triton():
+    @gluon.jit
+    def find_tile(tile, table, M, N, K, ROWS: gl.constexpr, GROUP: gl.constexpr):
+        """(expert, tile of rows, tile of columns, first and last 128 of the contraction). ROWS: of a W^T, table: the
+        expert of each tile of rows; else of dW, table: the first row of each expert."""
+        rows, columns = gl.cdiv(M, 128), gl.cdiv(N, 128)
+        here = tile if ROWS else tile % (rows * columns)
+        first = here // (GROUP * columns) * GROUP
+        height = gl.minimum(rows - first, GROUP)
+        i, j = first + here % (GROUP * columns) % height, here % (GROUP * columns) // height
+        if ROWS:
+            e = gl.load(table + i)
+            start, end = 0, gl.where(e >= 0, gl.cdiv(K, 128), 0)
+        else:
+            e = tile // (rows * columns)
+            start, end = gl.load(table + e) // 128, gl.load(table + e + 1) // 128
+        return e, i, j, start, end
+
+    @gluon.jit
+    def load_tiles(a, b, a_scale, b_scale, table, a_slots, b_slots, s_slots, t_slots, full, empty, M, N, K, tiles,
+                   ROWS: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr):
+        step = 0
+        for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
+            e, i, j, start, end = find_tile(tile, table, M, N, K, ROWS, GROUP)
+            for k in range(start, end):
+                slot = step % STAGES
+                hopper.mbarrier.wait(empty.index(slot), (step // STAGES & 1) ^ 1)
+                hopper.mbarrier.expect(full.index(slot), 256 * 128 + (512 if ROWS else 1024))                    # bytes
+                for part in gl.static_range(2):
+                    m = i * 128 + part * 64
+                    load_tile(a, [m, k * 128], full.index(slot), a_slots.index(slot * 2 + part))
+                    load_tile(a_scale, [k * M + m], full.index(slot), s_slots.index(slot * 2 + part))
+                if ROWS:
+                    load_tile(b, [e * N + j * 128, k * 128], full.index(slot), b_slots.index(slot))
+                else:
+                    load_tile(b, [j * 128, k * 128], full.index(slot), b_slots.index(slot))
+                    load_tile(b_scale, [k * N + j * 128], full.index(slot), t_slots.index(slot))
+                step += 1
+
+    @gluon.jit
+    def multiply_tiles(part, b_scale, scale_e, scale_n, scale_k, table, y, a_slots, b_slots, s_slots, t_slots, full,
+                       empty, out, M, N, K, tiles, ROWS: gl.constexpr, STAGES: gl.constexpr,
+                       GROUP: gl.constexpr):
+        SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 32])
+        zeros = gl.zeros([64, 128], gl.float32, SUMS)
+        step = 0
+        for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
+            e, i, j, start, end = find_tile(tile, table, M, N, K, ROWS, GROUP)
+            total = zeros
+            for k in range(start, end):
+                slot = step % STAGES
+                if ROWS:
+                    t = gl.load(b_scale + e * scale_e + j * scale_n + k * scale_k)
+                hopper.mbarrier.wait(full.index(slot), step // STAGES & 1)
+                dot = hopper.warpgroup_mma(a_slots.index(slot * 2 + part), b_slots.index(slot).permute((1, 0)), zeros,
+                                           use_acc=False, is_async=True)
+                s = s_slots.index(slot * 2 + part).load(gl.SliceLayout(1, SUMS))
+                if not ROWS:
+                    t = t_slots.index(slot).load(gl.SliceLayout(0, SUMS))
+                dot = hopper.warpgroup_mma_wait(0, [dot])
+                hopper.mbarrier.arrive(empty.index(slot), count=1)
+                if ROWS:
+                    total += dot * (s * t)[:, None]
+                else:
+                    total += dot * s[:, None] * t[None, :]
+                step += 1
+            row = i * 128 + part * 64
+            if ROWS:
+                if e >= 0:
+                    hopper.tma.store_wait(0)                                   # of the tile before, from the same place
+                    out.index(part).store(total.to(out.dtype))
+                    hopper.fence_async_shared()
+                    store_tile(y, [row, j * 128], out.index(part))
+            else:
+                m = row + gl.arange(0, 64, gl.SliceLayout(1, SUMS))
+                n = j * 128 + gl.arange(0, 128, gl.SliceLayout(0, SUMS))
+                to = y + (e.to(gl.int64) * M + m.to(gl.int64)[:, None]) * N + n[None, :]
+                gl.store(to, total, mask=(m < M)[:, None] & (n < N)[None, :])
+        if ROWS:
+            hopper.tma.store_wait(0)
+
+    @gluon.jit
+    def wide_kernel(a, b, a_scale, b_tiles, b_scale, scale_e, scale_n, scale_k, table, y, M, N, K, tiles,
+                    ROWS: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr):
+        """rows8_kernel (ROWS) or weight_grad8_kernel, with tiles of 128x128."""
+        BARRIER: gl.constexpr = hopper.mbarrier.MBarrierLayout()
+        OUT: gl.constexpr = y.layout if ROWS else gl.NVMMASharedLayout(128, 16)
+        a_slots = gl.allocate_shared_memory(gl.float8e4nv, [STAGES * 2, 64, 128], a.layout)
+        b_slots = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, 128, 128], b.layout)
+        s_slots = gl.allocate_shared_memory(gl.float32, [STAGES * 2, 64], a_scale.layout)
+        t_slots = gl.allocate_shared_memory(gl.float32, [STAGES, 128], a_scale.layout)
+        out = gl.allocate_shared_memory(gl.bfloat16, [2, 64 if ROWS else 8, 128 if ROWS else 64], OUT)
+        full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+        empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+        for slot in gl.static_range(STAGES):
+            hopper.mbarrier.init(full.index(slot), count=1)
+            hopper.mbarrier.init(empty.index(slot), count=2)
+        hopper.fence_async_shared()
+        gl.warp_specialize([
+            (multiply_tiles, (0, b_scale, scale_e, scale_n, scale_k, table, y, a_slots, b_slots, s_slots, t_slots, full,
+                              empty, out, M, N, K, tiles, ROWS, STAGES, GROUP)),
+            (multiply_tiles, (1, b_scale, scale_e, scale_n, scale_k, table, y, a_slots, b_slots, s_slots, t_slots, full,
+                              empty, out, M, N, K, tiles, ROWS, STAGES, GROUP)),
+            (load_tiles, (a, b, a_scale, b_tiles, table, a_slots, b_slots, s_slots, t_slots, full, empty, M, N, K,
+                          tiles, ROWS, STAGES, GROUP))], [4, 1], [240, 24])
+
+
+def swizzled(x, *block):
+    """A descriptor of the matrix x for loads or stores of so large blocks, laid out as Hopper's products read them."""
+    layout = gl.NVMMASharedLayout(128, 8 * x.element_size(), 2)
+    return Described(x, list(x.shape), list(x.stride()), list(block), layout)
+
+
+def flat(scale, block):
+    """A descriptor of scales [tiles, rows] for loads of `block` of them."""
+    return Described(scale, [scale.numel()], [1], [block], gl.NVMMASharedLayout(0, 32, 1))
+
+
+def rows8_hopper(a, w, plan, dtype):
+    """rows8_triton, BF16."""
+    (values, scale), (_, N, K), R = a, w.values.shape, len(plan.pair)
+    y = torch.empty(R, N, dtype=dtype, device=values.device)
+    a_scale = flat(scale, 64)
+    wide_kernel[backend.multiprocessors(y.device),](
+        swizzled(values, 64, BLOCK), swizzled(w.values.flatten(0, 1), BLOCK, BLOCK), a_scale, a_scale, w.scale,
+        *w.scale.stride(), plan.expert, swizzled(y, 64, BLOCK), R, N, K, R // BLOCK * triton.cdiv(N, BLOCK), True,
+        STAGES=5, GROUP=8, num_warps=4)
+    return y
+
+
+def weight_grad8_hopper(left, right, plan, weight):
+    """weight_grad8_triton."""
+    (E, M, N), dw = weight.shape, torch.empty_like(weight)
+    wide_kernel[backend.multiprocessors(dw.device),](
+        swizzled(left[0], 64, BLOCK), swizzled(right[0], BLOCK, BLOCK), flat(left[1], 64), flat(right[1], BLOCK),
+        right[1], 0, 0, 0, plan.start, dw, M, N, len(plan.pair), E * triton.cdiv(M, BLOCK) * triton.cdiv(N, BLOCK),
+        False, STAGES=5, GROUP=8, num_warps=4)
+    return dw
 
 
 def scales(tiles, rows, like):
@@ -479,14 +679,14 @@ def gather8_triton(x, plan, rows=True, columns=False):
     return row, column
 
 
-def rows8_triton(a, w, plan, dtype, BLOCK_M=64, GROUP=16, STAGES=3, warps=4):
+def rows8_triton(a, w, plan, dtype, BLOCK_M=64):
     """a ([R, K], its scales), W Quantized [E, N, K] -> a W^T [R, N]."""
     (values, scale), (_, N, K) = a, w.values.shape
     y = torch.empty(len(values), N, dtype=dtype, device=values.device)
     rows8_kernel[len(values) // BLOCK_M * triton.cdiv(N, BLOCK),](
         described(values, BLOCK_M, BLOCK), scale, described(w.values, 1, BLOCK, BLOCK), w.scale,
         *w.scale.stride(), plan.expert, y,
-        len(values), N, K, BLOCK_M, GROUP, STAGES, num_warps=warps)
+        len(values), N, K, BLOCK_M, GROUP=16, STAGES=3, num_warps=4)
     return y
 
 
@@ -511,70 +711,61 @@ def act8_grad_triton(da, h8, weights, plan):
     return dh, dh_turned, a_turned, weights_grad(part, plan)
 
 
-def weight_grad8_triton(left, right, plan, weight, grad=None, BLOCK_M=64, STAGES=3, warps=4):
+def weight_grad8_triton(left, right, plan, weight, BLOCK_M=64):
     """dW [E, M, N] = left right^T: left ([M, R], its scales), right ([N, R], its scales)."""
-    (E, M, N), dw = weight.shape, torch.empty_like(weight) if grad is None else grad
+    (E, M, N), dw = weight.shape, torch.empty_like(weight)
     weight_grad8_kernel[E * triton.cdiv(M, BLOCK_M) * triton.cdiv(N, BLOCK),](
         described(left[0], BLOCK_M, BLOCK), left[1], described(right[0], BLOCK, BLOCK), right[1], plan.start, dw, M, N,
-        grad is not None, BLOCK_M, STAGES, num_warps=warps)
+        BLOCK_M, STAGES=3, num_warps=4)
     return dw
 
 
+def rows8(a, w, plan, dtype):
+    """rows8_triton, on Hopper in BF16 rows8_hopper."""
+    pick = rows8_hopper if backend.hopper(w.values.device) and dtype == torch.bfloat16 else rows8_triton
+    return pick(a, w, plan, dtype)
+
+
+def weight_grad8(left, right, plan, weight):
+    """weight_grad8_triton, on Hopper weight_grad8_hopper."""
+    pick = weight_grad8_hopper if backend.hopper(weight.device) else weight_grad8_triton
+    return pick(left, right, plan, weight)
+
+
 class Routed8(torch.autograd.Function):
+    """routed_triton in FP8."""
+
     @staticmethod
     def forward(ctx, x, weights, w13, w2, indices, rows, keep):
         x, weights = x.contiguous(), weights.contiguous()
         up, down = ctx.quantized = quantized(w13, False), quantized(w2, False)
         plan, x8 = plan_triton(indices, len(w13), rows=rows), quantize_triton(x)[0]
-        h = rows8_triton(gather8_triton(x8, plan)[0], up, plan, x.dtype)
+        h = rows8(gather8_triton(x8, plan)[0], up, plan, x.dtype)
         a, h8 = act8_triton(h, weights, plan, keep)
         if keep:
             ctx.save_for_backward(x8.values, x8.scale, weights, *h8)
         ctx.plan, ctx.parameters = plan, (w13, w2)
-        return sum_triton(rows8_triton(a, down, plan, x.dtype), plan)
+        return sum_triton(rows8(a, down, plan, x.dtype), plan)
 
     @staticmethod
     def backward(ctx, dout):
         values, scale, weights, *h8 = ctx.saved_tensors
         (w13, w2), (up, down), plan, dout = ctx.parameters, ctx.quantized, ctx.plan, dout.contiguous()
         dy, dy_turned = gather8_triton(dout, plan, columns=True)
-        da = rows8_triton(dy, transpose(down), plan, dout.dtype)
+        da = rows8(dy, transpose(down), plan, dout.dtype)
         dh, dh_turned, a_turned, dweights = act8_grad_triton(da, h8, weights, plan)
-        dx = sum_triton(rows8_triton(dh, transpose(up), plan, dout.dtype), plan)
+        dx = sum_triton(rows8(dh, transpose(up), plan, dout.dtype), plan)
 
-        def wgrad13(grad=None):
+        def wgrad13():
             x_turned = gather8_triton(Quantized(values, scale), plan, rows=False, columns=True)[1]
-            return weight_grad8_triton(dh_turned, x_turned, plan, w13, grad)
+            return weight_grad8(dh_turned, x_turned, plan, w13)
 
-        def wgrad2(grad=None):
-            return weight_grad8_triton(dy_turned, a_turned, plan, w2, grad)
-        dw13, dw2 = weight_gradient(w13, wgrad13, adds=True), weight_gradient(w2, wgrad2, adds=True)
+        dw2 = weight_gradient(w2, lambda: weight_grad8(dy_turned, a_turned, plan, w2))
+        dw13 = weight_gradient(w13, wgrad13)
         return dx, dweights.to(weights.dtype), dw13, dw2, None, None, None
 
 
-class Routed(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weights, w13, w2, indices, rows, keep):
-        tiles = HOPPER if x.element_size() == 2 else SMALL
-        x, weights, low = x.contiguous(), weights.contiguous(), [cast(w, x.dtype) for w in (w13, w2)]
-        plan = plan_triton(indices, len(w13), tiles.rows, rows)
-        a, h = up_triton(x, weights, low[0], plan, keep, tiles)
-        ctx.save_for_backward(x, weights, h)
-        ctx.plan, ctx.low, ctx.parameters, ctx.tiles = plan, low, (w13, w2), tiles
-        return sum_triton(rows_triton(a, low[1], plan, False, tiles), plan)
-
-    @staticmethod
-    def backward(ctx, dout):
-        (x, weights, h), (w13, w2), plan, tiles = ctx.saved_tensors, ctx.parameters, ctx.plan, ctx.tiles
-        dy = gather_triton(dout.contiguous(), plan)
-        dh, a, dweights = hidden_grad_triton(dy, ctx.low[1], weights, h, plan, tiles)
-        dx = sum_triton(rows_triton(dh, ctx.low[0], plan, True, tiles), plan)
-        dw2 = weight_gradient(w2, partial(weight_grad_triton, dy, a, plan, w2, tiles), adds=True)
-        del dy, a                                                                 # before x asks for as much memory
-        dw13 = weight_gradient(
-            w13, lambda grad=None: weight_grad_triton(dh, gather_triton(x, plan), plan, w13, tiles, grad), adds=True)
-        return dx, dweights.to(weights.dtype), dw13, dw2, None, None, None
-
+# --- which one runs ---------------------------------------------------------------------------------------------------
 
 @torch.compiler.disable
 def routed_triton(x, indices, weights, w13, w2, recipe=None, rows=None):

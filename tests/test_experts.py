@@ -2,13 +2,23 @@
 
 On a GPU the tests run compiled, elsewhere in Triton's interpreter (in float32: its products of BF16 are wrong).
 """
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import GPU, no_triton, off_hopper, tiny
 
 import backend
 import fp8
-from experts import plan_triton, routed_triton
+from experts import (
+    gather8_triton,
+    plan_triton,
+    routed_triton,
+    rows8_hopper,
+    rows8_triton,
+    weight_grad8_hopper,
+    weight_grad8_triton,
+)
 from moe import MoE, routed_torch
 
 DEVICE = "cuda" if GPU else "cpu"
@@ -76,9 +86,8 @@ def test_rows_are_sorted_by_expert_and_every_expert_begins_a_tile(N, E, K, load)
 
 
 def test_the_rows_that_may_be_needed_are_enough_for_the_worst_load():
-    for spread in range(1, 9):                                     # each of so many experts begins a tile of its own
-        indices = torch.arange(24, device=DEVICE).view(12, 2) % spread
-        plan = plan_triton(indices, 8, 16)
+    for pairs in (8, 24, 120):                              # each of eight experts begins a tile, and none is full
+        plan = plan_triton(torch.arange(pairs, device=DEVICE).view(-1, 1) % 8, 8, 16)
         assert plan.start[-1] <= len(plan.pair) and sorted(plan.row.flatten().tolist()) \
             == (plan.pair >= 0).nonzero().flatten().tolist()
 
@@ -128,10 +137,12 @@ def test_weight_gradients_can_be_put_off():
     w13.queue, w2.queue = [], []
     routed_triton(x, indices, weights, w13, w2).backward(dout)
     assert w13.grad is None and w2.grad is None and torch.equal(x.grad, now[1])
+    routed_triton(x, indices, weights, w13, w2).backward(dout)
     for w, grad in ((w13, now[3]), (w2, now[4])):
-        (later,) = w.queue
-        later()
-        assert torch.equal(w.grad, grad)
+        for times, later in enumerate(w.queue):                                           # of two micro-batches
+            later()
+            assert torch.equal(w.grad, grad * (times + 1))
+        assert len(w.queue) == 2
 
 
 def test_a_weight_that_was_written_to_is_cast_anew():
@@ -196,6 +207,26 @@ def test_in_fp8_at_real_sizes_the_kernels_are_as_near_as_the_reference(N, E, K, 
         print(f"{name}: relative Frobenius error: kernels {error(a, c):.3e}, reference {error(b, c):.3e}")
         assert error(a, c) <= 1.02 * error(b, c)
     assert all(torch.equal(a, b) for a, b in zip(ours, run(routed_triton, leaves, indices, dout, fp8.Recipe())))
+
+
+@pytest.mark.parametrize("N, E, K, D, F", [pytest.param(*shape, marks=gpu) for shape in (
+    (3000, 16, 3, 1024, 512), (1000, 8, 1, 512, 1408))])
+def test_the_products_for_hopper_equal_the_plain_ones(N, E, K, D, F):
+    indices, ((x, _, w13, _), _) = choices(N, E, K, elsewhere=0.1), inputs(N, E, K, D, F, torch.bfloat16)
+    plan, w = plan_triton(indices.masked_fill(indices == 1, -1), E), fp8.quantized(w13, False)       # 1 is idle
+    here = slice(int(plan.start[-1]))
+    rows, turned = gather8_triton(x.detach(), plan, columns=True)
+    h = rows8_hopper(rows, w, plan, x.dtype)
+    assert torch.equal(h[here], rows8_triton(rows, w, plan, x.dtype)[here])
+    token = h.new_zeros(N * K, 2 * F)                                                     # a row of h for every pair
+    token[plan.pair[plan.pair >= 0].long()] = h[plan.pair >= 0]
+    each = replace(plan, row=plan.row.view(-1, 1))
+    back, h_turned = gather8_triton(token, each, columns=True)
+    w = fp8.transpose(w)
+    assert torch.equal(rows8_hopper(back, w, plan, x.dtype)[here], rows8_triton(back, w, plan, x.dtype)[here])
+    ours, plain = (form(h_turned, turned, plan, w13) for form in (weight_grad8_hopper, weight_grad8_triton))
+    print(f"Wgrad: relative Frobenius error {error(ours, plain):.1e}")
+    assert error(ours, plain) < 1e-6 and not ours[1].any()
 
 
 def layer():

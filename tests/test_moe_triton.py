@@ -8,7 +8,7 @@ from conftest import GPU, no_triton, tiny
 
 import backend
 from fp8 import linear_torch, linear_triton
-from moe import MAX_TOKENS, MoE, experts_torch, experts_triton, max_vio, route_torch, route_triton
+from moe import MAX_TOKENS, MoE, experts_torch, experts_triton, max_vio, route, route_torch, route_triton
 
 DEVICE = "cuda" if GPU else "cpu"
 
@@ -42,6 +42,17 @@ def test_the_gates_kernel_chooses_and_weighs_as_torch_does(E, K, groups, limited
     expected, theirs = route_torch(logits.sigmoid(), bias, K, groups, limited, 2.5)
     assert indices.dtype == torch.int64 and torch.equal(indices, expected)
     close(weights, theirs, 1e-6, "weights")
+
+
+@no_triton
+def test_training_chooses_by_the_kernel_and_its_weights_have_torchs_gradient(monkeypatch):
+    monkeypatch.setattr(backend, "decode_kernels", lambda *_: ("Triton", "the interpreter"))
+    logits, bias, dout = far_apart(16, 12).requires_grad_(), 0.1 * random(12), random(16, 3)
+    indices, weights = route(logits, logits.sigmoid(), bias, 3, 4, 2, 2.5)
+    expected, theirs = route_torch(logits.sigmoid(), bias, 3, 4, 2, 2.5)
+    assert torch.equal(indices, expected) and torch.equal(weights, theirs)
+    grads = [torch.autograd.grad(w, logits, dout)[0] for w in (weights, theirs)]
+    assert torch.equal(*grads)
 
 
 @no_triton

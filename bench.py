@@ -895,8 +895,9 @@ def fp8_products(name, inner, outer, N=4096):
     against = lambda ours, theirs: f"{r[ours] / r[theirs]:.2f}x" if theirs in r else "-"
     print(f"{name}: {r['triton']:.0f} TFLOP/s, {against('triton', 'cublas')} cuBLASLt, "
           f"{against('triton', 'bf16')} BF16; fp8.gemm {r['gemm']:.0f}; Wgrad {r['wgrad_triton']:.0f}, "
-          f"{against('wgrad_triton', 'wgrad_cublas')} cuBLASLt, {against('wgrad_triton', 'wgrad_bf16')} BF16; added to a "
-          f"gradient {r['wgrad_triton_add']:.0f}, {against('wgrad_triton_add', 'wgrad_cublas_add')} cuBLASLt", flush=True)
+          f"{against('wgrad_triton', 'wgrad_cublas')} cuBLASLt, {against('wgrad_triton', 'wgrad_bf16')} BF16; added "
+          f"to a gradient {r['wgrad_triton_add']:.0f}, {against('wgrad_triton_add', 'wgrad_cublas_add')} cuBLASLt",
+          flush=True)
     return out | r
 
 

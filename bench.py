@@ -926,8 +926,9 @@ def fp8_products(name, inner, outer, N=4096):
     against = lambda ours, theirs: f"{r[ours] / r[theirs]:.2f}x" if theirs in r else "-"
     print(f"{name}: {r['triton']:.0f} TFLOP/s, {against('triton', 'cublas')} cuBLASLt, "
           f"{against('triton', 'bf16')} BF16; fp8.gemm {r['gemm']:.0f}; Wgrad {r['wgrad_triton']:.0f}, "
-          f"{against('wgrad_triton', 'wgrad_cublas')} cuBLASLt, {against('wgrad_triton', 'wgrad_bf16')} BF16; added to a gradient {r['wgrad_triton_add']:.0f}, "
-          f"{against('wgrad_triton_add', 'wgrad_cublas_add')} cuBLASLt", flush=True)
+          f"{against('wgrad_triton', 'wgrad_cublas')} cuBLASLt, {against('wgrad_triton', 'wgrad_bf16')} BF16; "
+          f"added to a gradient {r['wgrad_triton_add']:.0f}, {against('wgrad_triton_add', 'wgrad_cublas_add')}",
+          flush=True)
     return out | r
 
 
@@ -1597,7 +1598,7 @@ def tables():
         out["fp8_tiny"] = (
             f"The default job, cut to 150 steps: {whole['loss']:.4f} nats per token in FP32 and {low8['loss']:.4f} in "
             f"FP8 ({small['difference']:+.2%}), training loss of the last 50 steps.")
-    for place, section in {"fp8_linears": "fp8", "layer": "layer", "fp8_quality": "fp8_quality",
+    for place, section in {"fp8_kernels": "fp8", "fp8_linears": "fp8", "layer": "layer", "fp8_quality": "fp8_quality",
                            "fp8_tiny": "fp8_tiny"}.items():
         out.setdefault(place, f"(Not measured yet: `python bench.py {section}`.)")
     if p:

@@ -927,7 +927,7 @@ def fp8_products(name, inner, outer, N=4096):
     print(f"{name}: {r['triton']:.0f} TFLOP/s, {against('triton', 'cublas')} cuBLASLt, "
           f"{against('triton', 'bf16')} BF16; fp8.gemm {r['gemm']:.0f}; Wgrad {r['wgrad_triton']:.0f}, "
           f"{against('wgrad_triton', 'wgrad_cublas')} cuBLASLt, {against('wgrad_triton', 'wgrad_bf16')} BF16; "
-          f"added to a gradient {r['wgrad_triton_add']:.0f}, {against('wgrad_triton_add', 'wgrad_cublas_add')} cuBLASLt",
+          f"added to a gradient {r['wgrad_triton_add']:.0f}, {against('wgrad_triton_add', 'wgrad_cublas_add')}",
           flush=True)
     return out | r
 
@@ -1607,7 +1607,7 @@ def tables():
         out["fp8_tiny"] = (
             f"The default job, cut to 150 steps: {whole['loss']:.4f} nats per token in FP32 and {low8['loss']:.4f} in "
             f"FP8 ({small['difference']:+.2%}), training loss of the last 50 steps.")
-    for place, section in {"fp8_linears": "fp8", "layer": "layer", "fp8_quality": "fp8_quality",
+    for place, section in {"fp8_kernels": "fp8", "fp8_linears": "fp8", "layer": "layer", "fp8_quality": "fp8_quality",
                            "fp8_tiny": "fp8_tiny"}.items():
         out.setdefault(place, f"(Not measured yet: `python bench.py {section}`.)")
     if p:

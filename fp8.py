@@ -703,7 +703,7 @@ def gemm(a, b, y, reference=False, add=False):
     if not fast(y, reference):
         product = gemm_torch(a, b, y.dtype)
         return y.add_(product) if add else y.copy_(product)
-    return gemm_triton(a, b, y, add)
+    return gemm_triton(a, b, y, add) if add or not takes_cublas(a, b, y) else gemm_cublas(a, b, y)
 
 
 # --- SwiGLU, between the two products of an FFN -----------------------------------------------------------------------

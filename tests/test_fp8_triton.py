@@ -188,6 +188,19 @@ def test_few_rows_share_out_the_length_of_the_sums(monkeypatch):
         assert relative(fp8.gemm_few(a, b, y), gemm_torch(a, b)) < (1e-3 if GPU else 1e-6)
 
 
+def test_the_product_goes_to_whoever_is_faster(monkeypatch):
+    taken = []
+    for name in ("gemm_cublas", "gemm_wide", "gemm_few", "gemm_plain"):
+        monkeypatch.setattr(fp8, name, lambda *_, name=name: taken.append(name))
+    monkeypatch.setattr(backend, "fp8_kernels", lambda device: ("Triton", "a test"))
+    monkeypatch.setattr(backend, "hopper", lambda device: True)
+    for M, blocks, add in ((256, True, False), (16, True, False), (256, False, False), (256, False, True),
+                           (254, False, True), (16, False, True)):
+        a, b = operands(M, 256, 256, blocks)
+        fp8.gemm(a, b, torch.empty(M, 256, device=DEVICE, dtype=torch.bfloat16 if blocks else torch.float32), add=add)
+    assert taken == ["gemm_cublas", "gemm_few", "gemm_cublas", "gemm_wide", "gemm_plain", "gemm_wide"]
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
 @pytest.mark.parametrize("M, N, K", [(4096, 4096, 7168), (4096, 24576, 1536), (64, 4096, 7168), (16, 7168, 2048)])

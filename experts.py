@@ -753,14 +753,19 @@ class Routed8(torch.autograd.Function):
         (w13, w2), (up, down), plan, dout = ctx.parameters, ctx.quantized, ctx.plan, dout.contiguous()
         dy, dy_turned = gather8_triton(dout, plan, columns=True)
         da = rows8(dy, transpose(down), plan, dout.dtype)
+        del dy
         dh, dh_turned, a_turned, dweights = act8_grad_triton(da, h8, weights, plan)
+        del da
+        # What is as large as the rows is let go before dx asks for as much; a queue holds what it needs by itself.
+        dw2 = weight_gradient(w2, partial(weight_grad8, dy_turned, a_turned, plan, w2))
+        del dy_turned, a_turned
         dx = sum_triton(rows8(dh, transpose(up), plan, dout.dtype), plan)
+        del dh
 
         def wgrad13():
             x_turned = gather8_triton(Quantized(values, scale), plan, rows=False, columns=True)[1]
             return weight_grad8(dh_turned, x_turned, plan, w13)
 
-        dw2 = weight_gradient(w2, lambda: weight_grad8(dy_turned, a_turned, plan, w2))
         dw13 = weight_gradient(w13, wgrad13)
         return dx, dweights.to(weights.dtype), dw13, dw2, None, None, None
 

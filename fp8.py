@@ -634,7 +634,10 @@ def takes_cublas(a, b, y):
 def gemm_cublas(a, b, y):
     """gemm_torch into y [M, N] by cuBLASLt, where takes_cublas says so. It wants scales of 1x128 tiles one row of tiles
     after the other, those of blocks along K in multiples of four. In this form, F.scaled_mm's own, it writes to y."""
-    rows = lambda scale: scale.t().contiguous().t()
+    def rows(scale):
+        scale = scale.t().contiguous().t()
+        return scale.as_strided(scale.shape, (1, len(scale)))                # of one column torch keeps any strides
+
     tile, block, b_scale, k = F.ScalingType.BlockWise1x128, F.ScalingType.BlockWise1x128, b.scale, a.scale.shape[1]
     if len(b.scale) < len(b.values):
         block, b_scale = F.ScalingType.BlockWise128x128, b.scale.new_empty(len(b.scale), -(-k // 4) * 4).t()

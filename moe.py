@@ -314,7 +314,7 @@ def routed_torch(x, indices, weights, w13, w2, recipe=None, rows=None):
 
     x [N, D], indices int64 [N, K] in 0..E-1, or -1 where an expert lives elsewhere, weights [N, K], w13 [E, 2F, D],
     w2 [E, D, F] -> [N, D], in x's dtype; differentiable in x, weights, w13 and w2. recipe: a fp8.Recipe, or None.
-    rows: how many of the N*K pairs have their expert here, for whoever has -1 and wants no wait for the GPU.
+    rows: how many of the N*K pairs have their expert here, for whoever knows and wants no wait for the GPU.
     """
     k = indices.shape[1]
     order, inverse, load = sort_rows(indices, len(w13))
@@ -323,7 +323,7 @@ def routed_torch(x, indices, weights, w13, w2, recipe=None, rows=None):
         ends = ends.tolist()
         rows = ends[-1]
     else:
-        ends = ends.to(torch.int32)
+        ends, rows = ends.to(torch.int32), int(ends[-1]) if rows is None else rows
     order = order[:rows]
     weight = weights.flatten().index_select(0, order).to(x.dtype)                             # [R]
     h = grouped_linear(Gather.apply(x, order, inverse, k), w13, ends, recipe)                 # [R, 2F]
@@ -621,7 +621,7 @@ class Sent:
     """
 
     def __init__(self, routing, ranks=None):
-        self.routing, self.ranks, self.indices, self.rows = routing, ranks, routing.indices, None
+        self.routing, self.ranks, self.indices, self.rows = routing, ranks, routing.indices, routing.indices.numel()
 
     def dispatch(self, x, weights):
         """This rank's tokens [N, D] and their gate weights [N, K] -> those [n, D], [n, K] that its experts work for."""

@@ -648,7 +648,7 @@ def small_ops():
 
 def recomputation():
     """Bytes that one attention layer of V3's dims keeps for backward (BF16, 4096 tokens), and its time."""
-    c, out = configs.load(["configs/v3_671b.py", "--seq_len=4096"]), {}
+    c, out = configs.load(["configs/v3_671b.py", "--seq_len=4096", "--recompute_mla=False"]), {}
     x = torch.randn(1, 4096, c.dim, device="cuda", dtype=torch.bfloat16)
     rope = mla.rope_table(c)[:4096].cuda()
     for name, changes, fused in (("torch norms and RoPE", {}, False), ("kernels", {}, True),

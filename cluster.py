@@ -15,6 +15,7 @@ DeepSeek-V3 itself: python train.py configs/v3_671b.py --plan --world=2048
 from dataclasses import dataclass
 
 import dualpipe
+from configs import UserError
 from model import arithmetic, balanced, layer_of
 
 
@@ -49,9 +50,9 @@ def parameters(c, a, cuts, ep):
 
 def kept_bytes(c):
     """Bytes that a token leaves for backward in a layer of experts: the residuals, the latents, attention's output
-    (E5M6), and the inputs of experts and SwiGLUs; norms, up-projections and SwiGLU's output are made again (section
-    3.2.3), or kept where the Config recomputes nothing."""
-    high, low, output = {"fp32": (4, 4, 4), "bf16": (2, 2, 2)}.get(c.precision, (2, 1, 1.5))
+    (with FP8 in E5M6, held in 16 bits, and in BF16: fp8.py), and the inputs of experts and SwiGLUs; norms,
+    up-projections and SwiGLU's output are made again (section 3.2.3), or kept where the Config recomputes nothing."""
+    high, low, output = {"fp32": (4, 4, 4), "bf16": (2, 2, 2)}.get(c.precision, (2, 1, 4))
     again = 2 * c.dim + c.n_heads * (2 * c.qk_head_dim + c.v_head_dim) \
         + (c.n_activated_experts + c.n_shared_experts) * c.moe_inter_dim
     kept = 0 if c.recompute or c.recompute_mla else high * again
@@ -71,7 +72,10 @@ def plan(c, kind, pp, dp, ep, cluster=None, a=None):
     fp8, tokens = c.precision.startswith("fp8"), c.micro_batch_size * c.seq_len
     count, _ = dualpipe.layout(kind, pp, 0)
     held = [dualpipe.layout(kind, pp, rank)[1] for rank in range(pp)]
-    M = c.batch_size // (c.micro_batch_size * dp)
+    M, rest = divmod(c.batch_size, c.micro_batch_size * dp)
+    if rest:
+        raise UserError(f"--micro_batch_size={c.micro_batch_size}: does not divide the {c.batch_size / dp:g} sequences "
+                        f"of a pipeline")
     dualpipe.check(kind, pp, M)
 
     # Arithmetic: a chunk's, on the busiest rank, and that of a layer of experts by itself.
@@ -105,11 +109,12 @@ def plan(c, kind, pp, dp, ep, cluster=None, a=None):
     hidden = pairs * (forth + back - exposed)
     per_gpu = c.batch_size * c.seq_len / step / (pp * dp)
 
-    # Memory of the fullest rank. Moments are sharded over the ranks with the same parameters (ZeRO-1).
+    # Memory of the fullest rank. Moments are sharded over the ranks with the same parameters (ZeRO-1), here as if
+    # tensors could be cut: parallel.py gives each whole to one owner.
     same = 2 if kind == "dualpipe" else 1
     sizes, moments = parameters(c, a, cuts, ep), 2 * (4 if c.moments == "fp32" else 2)
     share = lambda replicas: moments / (replicas * same if c.zero1 else 1)
-    weights = max(sum((8 + 2 * fp8 + share(dp)) * plain + (8 + 2 * fp8 + share(max(1, dp // ep))) * spread
+    weights = max(sum((8 + fp8 + share(dp)) * plain + (8 + fp8 + share(max(1, dp // ep))) * spread
                       for plain, spread in (sizes[s] for s in mine)) for mine in held)
     parameters_here = max(sum(map(sum, (sizes[s] for s in mine))) for mine in held)
     activations = flying * tokens * kept_bytes(c) * max(stop - start for start, stop in zip(cuts, cuts[1:]))
@@ -148,7 +153,8 @@ def plan(c, kind, pp, dp, ep, cluster=None, a=None):
     first, least = c.batch_size // 5 // (c.micro_batch_size * dp), 2 * pp
     if c.batch_ramp and kind.startswith("dualpipe") and first < least:
         rows.append(("ramp", f"the first batch, {c.batch_size // 5:,} sequences, is {first} micro-batches a pipeline, "
-                             f"fewer than {kind}'s {least}: begin with {least * c.micro_batch_size * dp:,}"))
+                             f"fewer than {kind}'s {least}, so training refuses it: give --batch_ramp=0 or "
+                             f"--pipeline=1f1b"))
     return numbers, rows
 
 

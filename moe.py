@@ -522,7 +522,7 @@ def experts(x, indices, weights, w13, w2, shared=None):
 
 # --- expert parallelism: the same layer on many ranks (section 3.2.2) -------------------------------------------------
 #
-# The experts of V3 are 95% of its weights: each of 64 ranks on 8 nodes holds 4 of a layer's 256, and all hold the gate
+# The experts of V3 are 97% of its weights: each of 64 ranks on 8 nodes holds 4 of a layer's 256, and all hold the gate
 # and the shared expert. Between nodes the network is slow (InfiniBand, 50 GB/s in V3's cluster), inside a node it is
 # fast (NVLink, 160 GB/s). So a token crosses to a node once, however many of its experts are there, to the rank with
 # the same local index; that one hands it on, once to each rank of its node that holds one of its experts:
@@ -725,7 +725,7 @@ class Finish(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         ctx.sent.begin(ctx.transpose, grads)
-        return None, None, *ctx.saved_tensors
+        return None, None, *ctx.saved_tensors             # a gradient of no size, so that Start's backward runs
 
 
 def spread(model, ranks):

@@ -18,7 +18,8 @@ pp-1-pp_rank of the pipeline, by both of these. After backward each rank has the
 of an expert those of its ep neighbours too; the sum over the replicas is the gradient of the whole batch. Who applies
 it? Either everyone, with AdamW's two moments for every parameter, or (ZeRO-1) for each parameter one owner: gradients
 go to the owner only, it alone keeps the moments, and it sends the updated weight back. The same bytes cross the wires
-(a sum for all is a sum at one place and a way back), and the moments' memory is divided by the number of replicas.
+(a sum for all is a sum at one place and a way back), and the moments' memory is divided by the number of replicas, as
+evenly as whole tensors allow.
 
 One process is a mesh of one: its groups are None, and a sum over such a group is what was there. No other code runs.
 
@@ -112,15 +113,20 @@ class Mesh:
 
         self.timeout, self.nodes = c.timeout, c.nodes or self.nodes
         self.pp, self.ep, self.dp = c.pp, c.ep, c.dp or self.world // c.pp
-        fit(self.world == self.pp * self.dp, "pp", f"pp * dp must be the number of ranks, and {self.pp} * {self.dp} is "
-            f"not {self.world}; torchrun --nproc-per-node=N starts N on a machine")
+        remedy = "give another --world" if c.plan and c.world else \
+            "torchrun --nproc-per-node=N starts N on a machine; --plan only looks"
+        fit(self.world == self.pp * self.dp, "dp" if c.dp else "pp", f"pp * dp must be the number of ranks, and "
+            f"{self.pp} * {self.dp} is not {self.world}; {remedy}")
         fit(self.world % self.nodes == 0, "nodes", f"the {self.world} ranks can't be shared out evenly")
-        fit(self.dp % self.ep == 0, "ep", f"does not divide dp = {self.dp}")
+        fit(self.dp % self.ep == 0, "ep", f"does not divide dp = {self.dp} (ranks / pp); start more ranks with "
+            f"torchrun, or give one that does")
         fit(c.n_routed_experts % self.ep == 0, "ep", f"does not divide n_routed_experts = {c.n_routed_experts}")
         here = self.world // self.nodes
         fit(self.ep % here == 0 or here % self.ep == 0, "ep", f"neither a multiple nor a divisor of a machine's "
             f"{here} ranks")
         self.ep_nodes = max(1, self.ep // here)
+        fit(c.n_limited_groups == c.n_expert_groups or c.n_expert_groups % self.ep_nodes == 0, "ep", f"stands on "
+            f"{self.ep_nodes} machines, and they don't divide n_expert_groups = {c.n_expert_groups}")
         for size in batches:
             fit(size % self.dp == 0, "batch_size", f"{size} sequences can't be shared out evenly over dp = {self.dp} "
                 f"ranks" + (f"; --batch_multiple={self.dp} keeps to those that can" if c.batch_ramp else ""))

@@ -28,12 +28,17 @@ def check(c, mesh):
         raise UserError("--compile: not in a pipeline, which puts gradients off behind the compiler's back; leave out "
                         "one of --compile and --pp")
     balanced(c, dualpipe.layout(c.pipeline, c.pp, 0)[0])
-    for step in {0, c.batch_ramp}:
+    for step in range(c.batch_ramp + 1):
         share = batch_size_at(c, step) // mesh.dp
         if share % c.micro_batch_size:
             raise UserError(f"--micro_batch_size={c.micro_batch_size}: does not divide the {share} sequences that a "
                             f"pipeline gets in step {step + 1}")
-        dualpipe.check(c.pipeline, c.pp, share // c.micro_batch_size)
+        try:
+            dualpipe.check(c.pipeline, c.pp, share // c.micro_batch_size)
+        except UserError as e:
+            raise UserError(f"--pp={c.pp} --pipeline={c.pipeline}: {e}; step {step + 1} has {share} sequences a "
+                            f"pipeline: give another --micro_batch_size (now {c.micro_batch_size}) or --batch_size") \
+                from None
 
 
 def build(c, device, mesh, from_folder):

@@ -91,8 +91,11 @@ def plan(c, device, data=None):
     ramp = min(c.batch_ramp, c.max_steps)
     train_tokens = (sum(batch_size_at(c, s) for s in range(ramp)) + c.batch_size * (c.max_steps - ramp)) * c.seq_len
     a["tokens"] = train_tokens
-    # Per parameter: weight, gradient and two moments, and one byte more of a converted one: its copy in FP8.
+    # Per parameter: weight, gradient and two moments; one byte more of a converted one, its copy in FP8, or two of an
+    # expert's, where the kernels keep it in BF16 (experts.py).
     a["bytes"] = (8 + 2 * (4 if c.moments == "fp32" else 2)) * everything + a["fp8"]
+    if c.precision == "bf16" and backend.experts(device, torch.bfloat16, (c.dim, c.moe_inter_dim))[0] == "Triton":
+        a["bytes"] += 2 * sum(n for name, n in a["sizes"].items() if ".mlp.experts." in name)
     rows = [
         ("parameters", f"{human(a['total'])} total, {human(a['active'])} active per token, MTP {human(a['mtp'])} more"),
         ("work", f"{a['flops'] / 1e9:.3g} GFLOPs per training token; {c.max_steps} steps, "
@@ -146,7 +149,7 @@ def make_optimizer(c, params):
               {"params": [p for p in params if p.ndim == 1], "weight_decay": 0.0}]
     options = dict(lr=c.lr, betas=(c.beta1, c.beta2), eps=1e-8)
     optimizer = AdamW(groups, **options) if c.moments == "bf16" else \
-        torch.optim.AdamW(groups, **options, fused=params[0].device.type in ("cpu", "cuda"))
+        torch.optim.AdamW(groups, **options, fused=all(p.device.type in ("cpu", "cuda") for p in params))
     # The fused kernels write to the weights without saying so, and FP8 quantizes a weight anew when it has changed.
     optimizer.register_step_post_hook(lambda *_: torch.autograd.graph.increment_version(params))
     for p in params:                               # from the start, so that a checkpoint has somewhere to load them
@@ -273,10 +276,14 @@ def main(argv, mesh=None):
         tokens = plan(c, device)["tokens"]
         if mesh.pp > 1:
             print(cluster.report(c, mesh.pp, mesh.dp, mesh.ep, tokens))
+        elif mesh.world > 1:
+            print("  cluster       only pipelines are planned: give --pp; the rows above are those of one process")
         return 0
     if c.precision == "fp8" and backend.fp8_kernels(device)[0] == "torch":
         raise UserError(f"--precision=fp8: {backend.fp8_kernels(device)[1]}; --precision=fp8_reference computes the "
                         f"same on plain torch, slowly")
+    if c.eval_only and mesh.world > 1:
+        raise UserError("--eval_only: one process does it; leave out torchrun")
     if c.eval_only:
         return eval_only(c)
     ranks.check(c, mesh)
@@ -462,8 +469,10 @@ def run(c, device, mesh, newest, command):
             report(c.max_steps)
             code = 0
     if code:
-        print(f"saved {parallel.latest(c.out_dir)}; go on with: python train.py {command} --resume "
-              f"--out_dir={c.out_dir}")
+        start = "python" if mesh.world == 1 else \
+            f"torchrun --nproc-per-node={os.environ.get('LOCAL_WORLD_SIZE', mesh.world)}"
+        print(f"saved {parallel.latest(c.out_dir)}; go on with: {start} train.py {command} --resume "
+              f"--out_dir={shlex.quote(c.out_dir)}")
         return code
     finish(c, modules[0], data, log, mesh, device)
     return 0
@@ -505,7 +514,7 @@ def finish(c, v3, data, log, mesh, device):
     figure = draw(log.path) if mesh.rank == 0 else None
     print(f"figure: {figure}" if figure else "no figure: pip install -r requirements-extra.txt brings matplotlib")
     eos = special(data.tokenizer, "eos")
-    if mesh.pp > 1:
+    if mesh.pp > 1 or mesh.ep > 1:                 # no rank has the whole model; sample.py does, from the checkpoint
         print(f"next: python sample.py --out_dir={c.out_dir}")
         return
     v3.eval()

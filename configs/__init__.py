@@ -111,7 +111,7 @@ class Config:
     nodes: int = param(0, "machines that the ranks stand on; 0 = as torchrun says", 0)
     zero1: bool = param(True, "each of the ranks with the same weights updates a part of them (ZeRO-1)")
     grad_sum: str = param("fp32", "dtype in which gradients are summed over ranks", choices=("fp32", "bf16"))
-    timeout: int = param(600, "seconds after which a rank that waits for another gives up", 1)
+    timeout: int = param(600, "seconds after which a rank that waits for another gives up", 1, 10_000_000)
 
     # --- the run ------------------------------------------------------------------------------------------------------
     out_dir: str = param("", "folder of checkpoints and metrics; empty = out/<name of the config file>")

@@ -700,7 +700,7 @@ def transpose(q, reference=False):
 def gemm(a, b, y, reference=False, add=False):
     """gemm_torch into y [M, N], in y's dtype; add: y + gemm_torch, for a weight's gradient (y FP32).
 
-    On an H100 our kernels run at 0.5 to 1.14x cuBLASLt's speed at V3's shapes (results/fp8.json): so it goes
+    On an H100 our kernels run Fprop at 0.5 to 1.14x cuBLASLt's speed at V3's shapes (results/fp8.json): so it goes
     first, where it has the product. To add to a gradient it has not, and most products of few rows are read faster by
     ours.
     """

@@ -161,7 +161,7 @@ def captured(step, state, generator=None):
         out = step()
     for tensor, value in zip(state, before):
         tensor.copy_(value)
-    return lambda: graph.replay() or out
+    return lambda step=step: graph.replay() or out             # step: holds what the graph reads
 
 
 def on_host(tensor):

@@ -36,8 +36,10 @@ from torch.utils.checkpoint import checkpoint
 import backend
 import fp8
 from configs import Config, UserError, check, convert
-from fp8 import HIGH, Linear, Quantized, quantize_torch
-from mla import MLA, LatentCache, RMSNorm, rope_table
+from fp8 import HIGH, Linear
+from fp8_tiles import Quantized, quantize_torch
+from mla import MLA, RMSNorm, rope_table
+from mla_decode import LatentCache
 from moe import FFN, MoE
 
 # --- the loss: cross-entropy without the [N, vocab] logits ------------------------------------------------------------
@@ -300,9 +302,9 @@ class V3(nn.Module):
         return [b.ffn.gate for b in blocks if isinstance(b.ffn, MoE)]
 
     def cache(self, batch, capacity, drafts=0, fp8=False):
-        """An empty LatentCache for `batch` sequences of up to `capacity` tokens, with fp8 in 8 bits (mla.Fp8Latents).
-        To speculate with `drafts` tokens at a time: with room for them behind each row and a layer for the MTP module.
-        ValueError if the capacity is beyond the context."""
+        """An empty LatentCache for `batch` sequences of up to `capacity` tokens, with fp8 in 8 bits
+        (mla_decode.Fp8Latents). To speculate with `drafts` tokens at a time: with room for them behind each row and a
+        layer for the MTP module. ValueError if the capacity is beyond the context."""
         c = self.config
         if capacity > c.context:
             raise ValueError(f"a cache of {capacity} tokens is more than the context of {c.context}")

@@ -20,7 +20,7 @@ from torch import nn
 import dualpipe
 import model
 import moe
-from bench import Sleep, Sleeper
+from bench_pipeline import Sleep, Sleeper
 from configs import UserError
 from dualpipe import KINDS, DualPipe, Step, bubble, layout, mirror, picture, schedule, simulate, source, stage
 from fp8 import Linear

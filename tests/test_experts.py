@@ -10,9 +10,10 @@ from conftest import GPU, no_triton, off_hopper, tiny
 
 import backend
 import fp8
-from experts import (
+import fp8_tiles
+from experts import plan_triton
+from experts_fp8 import (
     gather8_triton,
-    plan_triton,
     routed_triton,
     rows8_hopper,
     rows8_triton,
@@ -222,7 +223,7 @@ def test_the_products_for_hopper_equal_the_plain_ones(N, E, K, D, F):
     token[plan.pair[plan.pair >= 0].long()] = h[plan.pair >= 0]
     each = replace(plan, row=plan.row.view(-1, 1))
     back, h_turned = gather8_triton(token, each, columns=True)
-    w = fp8.transpose(w)
+    w = fp8_tiles.transpose(w)
     assert torch.equal(rows8_hopper(back, w, plan, x.dtype)[here], rows8_triton(back, w, plan, x.dtype)[here])
     ours, plain = (form(h_turned, turned, plan, w13) for form in (weight_grad8_hopper, weight_grad8_triton))
     print(f"Wgrad: relative Frobenius error {error(ours, plain):.1e}")

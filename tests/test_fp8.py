@@ -13,7 +13,11 @@ from safetensors.torch import load_file
 
 import backend
 import fp8
-from fp8 import E4M3, E5M6, LEAST, Linear, Products, Quantized, Recipe, gemm_torch, quantize_torch
+import fp8_gemm
+import fp8_tiles
+from fp8 import Linear, Products, Recipe
+from fp8_gemm import gemm_torch
+from fp8_tiles import E4M3, E5M6, LEAST, Quantized, quantize_torch
 from model import V3, from_hf, official_tensors, save_hf
 from moe import FFN, MoE, SwiGLU, weighted_swiglu
 
@@ -38,28 +42,28 @@ def numbers_of(mantissa, lowest, largest):
 def test_rounding_goes_to_the_nearest_number_of_the_format_and_at_a_tie_to_the_even_one(fmt):
     grid = numbers_of(fmt.mantissa, fmt.lowest, fmt.largest)
     assert torch.equal(grid.to(fmt.dtype).float(), grid)                       # its dtype holds all of them
-    assert torch.equal(fp8.round_to(grid, fmt), grid)
+    assert torch.equal(fp8_tiles.round_to(grid, fmt), grid)
     middle = (grid[1:] + grid[:-1]) / 2
     even = torch.where(torch.arange(len(middle)) % 2 == 0, grid[:-1], grid[1:])
     for sign in (1, -1):
-        assert torch.equal(fp8.round_to(sign * middle, fmt), sign * even)
+        assert torch.equal(fp8_tiles.round_to(sign * middle, fmt), sign * even)
         nudged = torch.nextafter(middle, torch.tensor(math.inf))
-        assert torch.equal(fp8.round_to(sign * nudged, fmt), sign * grid[1:])
+        assert torch.equal(fp8_tiles.round_to(sign * nudged, fmt), sign * grid[1:])
         nudged = torch.nextafter(middle, torch.tensor(0.0))
-        assert torch.equal(fp8.round_to(sign * nudged, fmt), sign * grid[:-1])
+        assert torch.equal(fp8_tiles.round_to(sign * nudged, fmt), sign * grid[:-1])
 
 
 def test_e4m3_is_torchs_own_format_and_its_rounding_torchs_own_cast():
     x = torch.randn(100_000) * torch.logspace(-8, 3, 100_000)
     x = x.clamp(-448, 448)
-    assert torch.equal(fp8.round_to(x, E4M3), x.to(torch.float8_e4m3fn).float())
+    assert torch.equal(fp8_tiles.round_to(x, E4M3), x.to(torch.float8_e4m3fn).float())
 
 
 def test_a_scale_is_rounded_up_to_a_power_of_two_and_a_power_of_two_stays():
     powers = 2.0 ** torch.arange(-120, 121, 10).float()
-    assert torch.equal(fp8.round_up(powers), powers)
-    assert torch.equal(fp8.round_up(torch.nextafter(powers, torch.tensor(math.inf))), 2 * powers)
-    assert torch.equal(fp8.round_up(torch.nextafter(powers, torch.tensor(0.0))), powers)
+    assert torch.equal(fp8_tiles.round_up(powers), powers)
+    assert torch.equal(fp8_tiles.round_up(torch.nextafter(powers, torch.tensor(math.inf))), 2 * powers)
+    assert torch.equal(fp8_tiles.round_up(torch.nextafter(powers, torch.tensor(0.0))), powers)
 
 
 # --- tiles and scales -------------------------------------------------------------------------------------------------
@@ -115,7 +119,7 @@ def test_an_outlier_costs_its_own_tile_and_no_other():
 
 def test_tiles_of_128x1_are_the_1x128_tiles_of_the_transpose():
     x = torch.randn(200, 70) * torch.logspace(-3, 3, 200)[:, None]
-    columns = fp8.quantize_columns(x)
+    columns = fp8_tiles.quantize_columns(x)
     assert columns.values.shape == (70, 200) and columns.scale.shape == (70, 2)
     assert torch.equal(columns.scale[:, 0], x[:128].abs().amax(0) / torch.tensor(448.0))
     assert error(columns.dequantize().t(), x) < 0.04
@@ -132,11 +136,11 @@ def test_a_power_of_two_scale_is_rounded_before_it_divides():
 def test_with_powers_of_two_going_from_1x128_to_128x1_tiles_only_moves_exponents():
     x = torch.randn(128, 128)
     row = quantize_torch(x, pow2=True)
-    again = fp8.quantize_columns(row, pow2=True).dequantize().t()
+    again = fp8_tiles.quantize_columns(row, pow2=True).dequantize().t()
     normal = row.dequantize().abs() > 2.0 ** -5 * x.abs().max()                # above what falls below the normal range
     assert normal.float().mean() > 0.8 and torch.equal(again[normal], row.dequantize()[normal])
     row = quantize_torch(x)
-    assert not torch.equal(fp8.quantize_columns(row).dequantize().t()[normal], row.dequantize()[normal])
+    assert not torch.equal(fp8_tiles.quantize_columns(row).dequantize().t()[normal], row.dequantize()[normal])
 
 
 @pytest.mark.parametrize("rows", [1, 128])
@@ -179,10 +183,10 @@ def test_the_product_is_that_of_the_dequantized_operands(M, N, K, b_rows):
 def test_a_tensor_cores_sum_drops_what_lies_below_its_14_bits():
     a, b = torch.ones(1, 33), torch.full((1, 33), 2.0 ** -14)
     b[0, 0] = 1.0                                     # 1 and 31 numbers below its last bit, then one more, all lost
-    assert fp8.dot_limited(a, b, torch.zeros(1, 1)).item() == 1.0
-    assert fp8.dot_limited(a, b, torch.zeros(1, 1), kept=15).item() == 1.0 + 32 * 2.0 ** -14
-    assert fp8.dot_limited(a[:, 1:], b[:, 1:], torch.zeros(1, 1)).item() == 32 * 2.0 ** -14
-    assert fp8.dot_limited(-a, b, torch.zeros(1, 1)).item() == -1.0            # cut off towards zero
+    assert fp8_gemm.dot_limited(a, b, torch.zeros(1, 1)).item() == 1.0
+    assert fp8_gemm.dot_limited(a, b, torch.zeros(1, 1), kept=15).item() == 1.0 + 32 * 2.0 ** -14
+    assert fp8_gemm.dot_limited(a[:, 1:], b[:, 1:], torch.zeros(1, 1)).item() == 32 * 2.0 ** -14
+    assert fp8_gemm.dot_limited(-a, b, torch.zeros(1, 1)).item() == -1.0            # cut off towards zero
 
 
 def test_promotion_keeps_a_long_sum_as_good_as_a_short_one():
@@ -190,7 +194,7 @@ def test_promotion_keeps_a_long_sum_as_good_as_a_short_one():
     a, b = (Quantized(q.values, torch.ones_like(q.scale)) for q in (a, b))
     exact = a.values.double() @ b.values.double().t()
     promoted = error(gemm_torch(a, b, kept=14), exact)
-    alone = error(fp8.dot_limited(a.values.float(), b.values.float(), torch.zeros(16, 16)), exact)
+    alone = error(fp8_gemm.dot_limited(a.values.float(), b.values.float(), torch.zeros(16, 16)), exact)
     print(f"relative error at K = 4096: promoted {promoted:.1e}, not {alone:.1e}")
     assert promoted < 1e-3 and alone > 20 * promoted
 
@@ -240,7 +244,7 @@ def test_the_linear_after_attention_keeps_12_bits_with_scales_of_powers_of_two()
         y = layer(x)
     values, scale = kept
     assert values.dtype == torch.float16 and (values.view(torch.int16) & 15 == 0).all()        # 6 of FP16's 10 bits
-    assert torch.equal(fp8.round_up(scale), scale)
+    assert torch.equal(fp8_tiles.round_up(scale), scale)
     y.backward(dy)
     w = quantize_torch(layer.weight.detach(), 128)
     assert torch.equal(y.detach(), gemm_torch(quantize_torch(x.detach(), pow2=True), w))
@@ -251,7 +255,7 @@ def test_the_linear_after_attention_keeps_12_bits_with_scales_of_powers_of_two()
 
 def test_weights_are_quantized_once_per_step_and_again_when_somebody_wrote_to_them(monkeypatch):
     made = []
-    whole = fp8.quantize_blocks
+    whole = fp8_tiles.quantize_blocks
     monkeypatch.setattr(fp8, "quantize_blocks", lambda w, reference: made.append(1) or whole(w, reference))
     layer, x, dy = linear_fp8(8, 16, 24)
     for _ in range(3):                                                         # micro-batches
@@ -272,7 +276,7 @@ def test_weights_are_quantized_once_per_step_and_again_when_somebody_wrote_to_th
 
 
 def test_recomputing_a_layer_quantizes_no_weight_again(monkeypatch):
-    made, whole = [], fp8.quantize_blocks
+    made, whole = [], fp8_tiles.quantize_blocks
     monkeypatch.setattr(fp8, "quantize_blocks", lambda w, reference: made.append(1) or whole(w, reference))
     v3 = V3(tiny(precision="fp8_reference", recompute=True))
     v3.loss(random_tokens(2, 34))[0].backward()

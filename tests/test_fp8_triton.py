@@ -10,8 +10,11 @@ from conftest import GPU, no_triton
 
 import backend
 import fp8
-from bench import cublas
-from fp8 import E4M3, E5M6, Quantized, gemm_torch, quantize_torch
+import fp8_gemm
+import fp8_tiles
+from bench_fp8 import cublas
+from fp8_gemm import gemm_torch
+from fp8_tiles import E4M3, E5M6, Quantized, quantize_torch
 
 DEVICE = "cuda" if GPU else "cpu"
 pytestmark = [no_triton, pytest.mark.skipif(GPU and backend.fp8_kernels(torch.device("cuda"))[0] == "torch",
@@ -46,13 +49,13 @@ def test_rows_and_columns_are_quantized_as_the_reference_does_bit_for_bit(M, K, 
     for name, x in samples(M, K).items():
         x = x.to(DEVICE)
         print(name)
-        row, none = fp8.quantize_triton(x, pow2)
+        row, none = fp8_tiles.quantize_triton(x, pow2)
         assert none is None
         equal(row, quantize_torch(x, pow2=pow2))
-        both = fp8.quantize_triton(x, pow2, columns=True)
+        both = fp8_tiles.quantize_triton(x, pow2, columns=True)
         equal(both[0], row)
         equal(both[1], quantize_torch(x.t(), pow2=pow2))
-        none, column = fp8.quantize_triton(x, pow2, rows=False, columns=True)
+        none, column = fp8_tiles.quantize_triton(x, pow2, rows=False, columns=True)
         assert none is None
         equal(column, both[1])
 
@@ -61,12 +64,12 @@ def test_rows_and_columns_are_quantized_as_the_reference_does_bit_for_bit(M, K, 
 def test_what_was_kept_in_fp8_is_requantized_along_the_tokens_bit_for_bit(M, K):
     for name, x in samples(M, K).items():
         print(name)
-        kept = fp8.quantize_triton(x.to(DEVICE))[0]
+        kept = fp8_tiles.quantize_triton(x.to(DEVICE))[0]
         rows = slice(M // 3, M)                                                # the rows of one expert
-        column = fp8.quantize_triton(kept[rows], rows=False, columns=True)[1]
+        column = fp8_tiles.quantize_triton(kept[rows], rows=False, columns=True)[1]
         equal(column, quantize_torch(kept[rows].dequantize().t()))
         kept = quantize_torch(x.to(DEVICE), fmt=E5M6, pow2=True)               # 12 bits, the scales in another layout
-        column = fp8.quantize_triton(kept[rows], pow2=True, rows=False, columns=True)[1]
+        column = fp8_tiles.quantize_triton(kept[rows], pow2=True, rows=False, columns=True)[1]
         equal(column, quantize_torch(kept[rows].dequantize().t(), pow2=True))
 
 
@@ -74,7 +77,7 @@ def test_what_was_kept_in_fp8_is_requantized_along_the_tokens_bit_for_bit(M, K):
 def test_what_the_linear_after_attention_keeps_is_the_references_bit_for_bit(M, K):
     for name, x in samples(M, K).items():
         print(name)
-        q, expected = fp8.e5m6_triton(x.to(DEVICE)), quantize_torch(x.to(DEVICE), fmt=E5M6, pow2=True)
+        q, expected = fp8_tiles.e5m6_triton(x.to(DEVICE)), quantize_torch(x.to(DEVICE), fmt=E5M6, pow2=True)
         assert torch.equal(q.values.view(torch.int16), expected.values.view(torch.int16))
         torch.testing.assert_close(q.scale, expected.scale, rtol=0, atol=0, equal_nan=True)
 
@@ -108,11 +111,11 @@ def test_rmsnorm_is_quantized_in_the_pass_that_computes_it(M, K):
     weight = torch.randn(K, device=DEVICE)
     whole = torch.randint(-8, 9, (M, K), device=DEVICE).float()                # squares that no order of summing rounds
     for pow2 in (False, True):
-        row, column = both(fp8.norm_quantize_triton, whole, weight, 1e-6, pow2=pow2)
+        row, column = both(fp8_tiles.norm_quantize_triton, whole, weight, 1e-6, pow2=pow2)
         equal(row, quantize_torch(norm(whole), pow2=pow2))
         equal(column, quantize_torch(norm(whole).t(), pow2=pow2))
     x = samples(M, K)["bf16"].to(DEVICE)
-    row, column = fp8.norm_quantize_triton(x, weight, 1e-6, columns=True)
+    row, column = fp8_tiles.norm_quantize_triton(x, weight, 1e-6, columns=True)
     close(row, quantize_torch(norm(x.float())))
     close(column, quantize_torch(norm(x.float()).t()))
 
@@ -125,9 +128,9 @@ def test_swiglu_is_quantized_in_the_pass_that_computes_it(M, F, weighted):
     certain = torch.randn(M, 2 * F, device=DEVICE)
     certain[:, :F] = torch.tensor([-200.0, 0.0, 120.0, 333.0], device=DEVICE)[torch.randint(4, (M, F), device=DEVICE)]
     plain = torch.randn(M, 2 * F, device=DEVICE).to(torch.bfloat16)
-    for h, same in ((certain, equal), (plain, close), (fp8.quantize_triton(plain)[0], close)):  # the last: kept in FP8
-        row, column = both(fp8.swiglu_quantize_triton, h, weight)
-        y = fp8.swiglu_torch(h.dequantize() if isinstance(h, Quantized) else h, weight)
+    for h, same in ((certain, equal), (plain, close), (fp8_tiles.quantize_triton(plain)[0], close)):   # kept in FP8
+        row, column = both(fp8_tiles.swiglu_quantize_triton, h, weight)
+        y = fp8_tiles.swiglu_torch(h.dequantize() if isinstance(h, Quantized) else h, weight)
         same(row, quantize_torch(y))
         same(column, quantize_torch(y.t()))
 
@@ -137,28 +140,28 @@ def test_blocks_and_their_transpose_are_quantized_bit_for_bit(E, M, K):
     for name, w in samples(E * M, K).items():
         print(name)
         w = w.view(E, M, K).to(DEVICE)
-        q, expected = fp8.blocks_triton(w), quantize_torch(w, 128)
+        q, expected = fp8_tiles.blocks_triton(w), quantize_torch(w, 128)
         equal(q, expected)
-        equal(fp8.transpose_triton(q), expected.mT)
+        equal(fp8_tiles.transpose_triton(q), expected.mT)
 
 
 def test_every_number_of_the_format_comes_through_the_cast():
     x = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
     x = torch.cat([x[:127], x[128:255]])                                       # 127 and 255 are NaN
     x = torch.cat([torch.full((len(x), 1), 448.0), x[:, None]], 1).to(DEVICE)  # scale 1
-    assert torch.equal(fp8.quantize_triton(x)[0].values.float(), x)
+    assert torch.equal(fp8_tiles.quantize_triton(x)[0].values.float(), x)
 
 
 HOPPER = GPU and backend.hopper(torch.device("cuda"))
-PRODUCTS = [fp8.gemm_plain, fp8.gemm_few] + [fp8.gemm_wide] * HOPPER
+PRODUCTS = [fp8_gemm.gemm_plain, fp8_gemm.gemm_few] + [fp8_gemm.gemm_wide] * HOPPER
 
 
 def operands(M, N, K, blocks):
     """a and b whose numbers, and whose tiles' scales, differ by orders of magnitude."""
     spread = torch.logspace(-3, 3, K, device=DEVICE)
-    a = fp8.quantize_triton(torch.randn(M, K, device=DEVICE) * spread)[0]
+    a = fp8_tiles.quantize_triton(torch.randn(M, K, device=DEVICE) * spread)[0]
     w = torch.randn(N, K, device=DEVICE) * torch.logspace(-1, 2, N, device=DEVICE)[:, None]
-    return a, fp8.blocks_triton(w[None])[0] if blocks else fp8.quantize_triton(w)[0]
+    return a, fp8_tiles.blocks_triton(w[None])[0] if blocks else fp8_tiles.quantize_triton(w)[0]
 
 
 def relative(y, expected):
@@ -172,8 +175,9 @@ def relative(y, expected):
                          + [(4096, 24576, 256), (900, 700, 4000)] * GPU)
 @pytest.mark.parametrize("product", PRODUCTS, ids=lambda product: product.__name__)
 def test_the_product_is_the_references(M, N, K, blocks, product):
-    if product is fp8.gemm_few and (M > fp8.FEW or not blocks) or product is fp8.gemm_wide and (M % 4 or N % 4):
-        product = fp8.gemm_triton                                               # which goes another way
+    if product is fp8_gemm.gemm_few and (M > fp8_gemm.FEW or not blocks) \
+            or product is fp8_gemm.gemm_wide and (M % 4 or N % 4):
+        product = fp8_gemm.gemm_triton                                               # which goes another way
     a, b = operands(M, N, K, blocks)
     for dtype, limit in ((torch.float32, 1e-3 if GPU else 1e-6), (torch.bfloat16, 2**-8)):        # one bit of BF16
         # The hardware keeps 14 bits of the sums inside 128 that the reference and the interpreter take in float32.
@@ -185,19 +189,20 @@ def test_few_rows_share_out_the_length_of_the_sums(monkeypatch):
     for M, N, K in ((5, 70, 4100), (33, 200, 2100)):
         a, b = operands(M, N, K, True)
         y = torch.empty(M, 2 * N, device=DEVICE)[:, :N]                                                # rows apart
-        assert relative(fp8.gemm_few(a, b, y), gemm_torch(a, b)) < (1e-3 if GPU else 1e-6)
+        assert relative(fp8_gemm.gemm_few(a, b, y), gemm_torch(a, b)) < (1e-3 if GPU else 1e-6)
 
 
 def test_the_product_goes_to_whoever_is_faster(monkeypatch):
     taken = []
     for name in ("gemm_cublas", "gemm_wide", "gemm_few", "gemm_plain"):
-        monkeypatch.setattr(fp8, name, lambda *_, name=name: taken.append(name))
+        monkeypatch.setattr(fp8_gemm, name, lambda *_, name=name: taken.append(name))
     monkeypatch.setattr(backend, "fp8_kernels", lambda device: ("Triton", "a test"))
     monkeypatch.setattr(backend, "hopper", lambda device: True)
     for M, blocks, add in ((256, True, False), (16, True, False), (256, False, False), (256, False, True),
                            (254, False, True), (16, False, True)):
         a, b = operands(M, 256, 256, blocks)
-        fp8.gemm(a, b, torch.empty(M, 256, device=DEVICE, dtype=torch.bfloat16 if blocks else torch.float32), add=add)
+        y = torch.empty(M, 256, device=DEVICE, dtype=torch.bfloat16 if blocks else torch.float32)
+        fp8_gemm.gemm(a, b, y, add=add)
     assert taken == ["gemm_cublas", "gemm_few", "gemm_cublas", "gemm_wide", "gemm_plain", "gemm_wide"]
 
 
@@ -208,13 +213,13 @@ def test_the_products_error_against_float64_is_no_larger_than_cublaslts(M, N, K)
     a, b = operands(M, N, K, True)
     exact = a.dequantize().double() @ b.dequantize().double().t()
     theirs = relative(cublas(a, b)(), exact)
-    for product in (fp8.gemm_plain, fp8.gemm_wide, fp8.gemm_few)[:3 if M <= fp8.FEW else 2]:
+    for product in (fp8_gemm.gemm_plain, fp8_gemm.gemm_wide, fp8_gemm.gemm_few)[:3 if M <= fp8_gemm.FEW else 2]:
         y = product(a, b, torch.empty(M, N, device=DEVICE, dtype=torch.bfloat16))
         assert relative(y, exact) <= 1.05 * theirs
     a, b = operands(256, 384, 4096, False)                                                             # Wgrad's form
     exact = a.dequantize().double() @ b.dequantize().double().t()
     theirs = relative(cublas(a, b, torch.float32)(), exact)
-    for product in (fp8.gemm_plain, fp8.gemm_wide):
+    for product in (fp8_gemm.gemm_plain, fp8_gemm.gemm_wide):
         assert relative(product(a, b, torch.empty(256, 384, device=DEVICE)), exact) <= 1.05 * theirs
 
 
@@ -227,8 +232,8 @@ def test_cublaslt_writes_the_product_where_it_should(M, N, K, blocks):
     a = a[M // 2:M // 2 + M]                                                   # the rows of one expert
     y = torch.zeros(2 * M, N, device=DEVICE, dtype=torch.bfloat16 if blocks else torch.float32)
     rows = y[M // 2:M // 2 + M]
-    assert fp8.takes_cublas(a, b, rows)
-    fp8.gemm_cublas(a, b, rows)
+    assert fp8_gemm.takes_cublas(a, b, rows)
+    fp8_gemm.gemm_cublas(a, b, rows)
     assert relative(rows, gemm_torch(a, b)) < (3e-3 if blocks else 1e-3)
     assert (y[:M // 2] == 0).all() and (y[M // 2 + M:] == 0).all()
 
@@ -237,20 +242,22 @@ def test_cublaslt_writes_the_product_where_it_should(M, N, K, blocks):
 def test_where_no_sum_is_rounded_the_product_is_the_references_bit_for_bit(blocks):
     M, N, K = 70, 260, 400
     a, b = (torch.randint(-3, 4, (n, K), device=DEVICE).float() for n in (M, N))
-    a, b = fp8.quantize_triton(a, pow2=True)[0], fp8.quantize_triton(b, pow2=True)[0]
+    a, b = fp8_tiles.quantize_triton(a, pow2=True)[0], fp8_tiles.quantize_triton(b, pow2=True)[0]
     if blocks:
         scale = 2.0 ** torch.randint(-2, 3, (3, 4), device=DEVICE)
         b = Quantized(b.values, scale)
     a.scale.copy_(2.0 ** torch.randint(-2, 3, a.scale.shape, device=DEVICE))
-    assert torch.equal(fp8.gemm_triton(a, b, torch.empty(M, N, device=DEVICE)), gemm_torch(a, b))
+    assert torch.equal(fp8_gemm.gemm_triton(a, b, torch.empty(M, N, device=DEVICE)), gemm_torch(a, b))
 
 
-@pytest.mark.parametrize("product", [fp8.gemm_plain] + [fp8.gemm_wide] * HOPPER, ids=lambda product: product.__name__)
+@pytest.mark.parametrize("product", [fp8_gemm.gemm_plain] + [fp8_gemm.gemm_wide] * HOPPER,
+                         ids=lambda product: product.__name__)
 def test_a_product_is_added_to_the_gradient_that_is_there(product):
-    a, b = (fp8.quantize_triton(torch.randn(n, 150, device=DEVICE))[0] for n in (72, 140))
+    a, b = (fp8_tiles.quantize_triton(torch.randn(n, 150, device=DEVICE))[0] for n in (72, 140))
     before = torch.randn(72, 140, device=DEVICE)
     expected = before + gemm_torch(a, b)
-    for y in (fp8.gemm(a, b, before.clone(), reference=True, add=True), fp8.gemm(a, b, before.clone(), add=True),
+    for y in (fp8_gemm.gemm(a, b, before.clone(), reference=True, add=True),
+              fp8_gemm.gemm(a, b, before.clone(), add=True),
               product(a, b, before.clone(), add=True)):
         assert relative(y, expected) < 1e-3
     assert torch.equal(product(a, b, before.clone(), add=True), y), "the same bits each time"
@@ -258,16 +265,16 @@ def test_a_product_is_added_to_the_gradient_that_is_there(product):
 
 def test_the_rows_of_one_expert_are_multiplied_where_they_lie():
     x, w = torch.randn(300, 140, device=DEVICE), torch.randn(3, 200, 140, device=DEVICE)
-    a, b = fp8.quantize_triton(x)[0], fp8.blocks_triton(w)
-    t = fp8.transpose_triton(b)
+    a, b = fp8_tiles.quantize_triton(x)[0], fp8_tiles.blocks_triton(w)
+    t = fp8_tiles.transpose_triton(b)
     y = torch.zeros(300, 200, device=DEVICE)
-    fp8.gemm_triton(a[37:190], b[1], y[37:190])
+    fp8_gemm.gemm_triton(a[37:190], b[1], y[37:190])
     expected = gemm_torch(a[37:190], b[1])
     assert ((y[37:190] - expected).norm() / expected.norm()) < 1e-3
     assert (y[:37] == 0).all() and (y[190:] == 0).all()
-    dy, dx = fp8.quantize_triton(y[37:190])[0], torch.empty(153, 140, device=DEVICE)
+    dy, dx = fp8_tiles.quantize_triton(y[37:190])[0], torch.empty(153, 140, device=DEVICE)
     expected = gemm_torch(dy, t[1])
-    assert ((fp8.gemm_triton(dy, t[1], dx) - expected).norm() / expected.norm()) < 1e-3
+    assert ((fp8_gemm.gemm_triton(dy, t[1], dx) - expected).norm() / expected.norm()) < 1e-3
 
 
 @pytest.mark.parametrize("kept", [E4M3, E5M6], ids=["E4M3", "E5M6"])

@@ -6,7 +6,9 @@ import torch
 from conftest import YARN, agree, lively, tiny
 
 import configs
-from mla import MLA, LatentCache, RMSNorm, apply_rope, attention_torch, decode_torch, rope_table
+from mla import MLA, RMSNorm, apply_rope, rope_table
+from mla_attention import attention_torch
+from mla_decode import LatentCache, decode_torch
 
 VARIANTS = pytest.mark.parametrize("changes", [dict(), dict(q_lora_rank=14), dict(q_lora_rank=14, **YARN)],
                                    ids=["q direct", "q latent", "q latent, YaRN"])

@@ -9,10 +9,10 @@ import torch
 from conftest import GPU, no_triton, off_hopper, tiny
 
 import backend
-import bench
+import bench_mla
 import configs
-import mla
-from mla import Fp8Latents, LatentCache, decode_torch, decode_triton, dequantize, quantize
+import mla_decode
+from mla_decode import Fp8Latents, LatentCache, decode_torch, decode_triton, dequantize, quantize
 from model import V3
 
 DEVICE = "cuda" if GPU else "cpu"
@@ -142,7 +142,7 @@ def test_a_captured_graph_stays_right_while_rows_grow(fp8):
     cache.static = True
     positions = cache.positions(1)                                                         # [3, 1], though all are even
     cache.write(1, torch.arange(600, device="cuda").expand(3, -1), latents)
-    step = lambda: mla.decode(q_latent, q_rope, cache.write(1, positions, latents[:, :1]), positions, SCALE)
+    step = lambda: mla_decode.decode(q_latent, q_rope, cache.write(1, positions, latents[:, :1]), positions, SCALE)
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         step()                                                                         # compiled before the capture
@@ -202,7 +202,7 @@ def test_the_fp8_cache_of_v3_takes_656_bytes_a_layer_where_bf16_takes_1152():
 
 
 def test_the_figure_of_cache_per_token_is_the_arithmetic():
-    sizes = bench.cache_per_token(configs.load(["v3_671b"]))
+    sizes = bench_mla.cache_per_token(configs.load(["v3_671b"]))
     assert sizes == {"MHA": 61 * 128 * 256 * 2, "GQA-8": 61 * 8 * 256 * 2, "MLA": 70_272, "MLA, FP8": 61 * 656}
 
 

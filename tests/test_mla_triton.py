@@ -7,7 +7,9 @@ from torch.utils.checkpoint import checkpoint
 
 import backend
 import mla
-from mla import attention_torch, attention_triton, document_starts, rms_norm_torch, rms_norm_triton, split_rope_torch
+import mla_attention
+from mla import rms_norm_torch, rms_norm_triton, split_rope_torch
+from mla_attention import attention_torch, attention_triton, document_starts
 
 pytest.importorskip("triton", reason="triton is not installed: the torch forms are all there is")
 interpreted = pytest.mark.skipif(GPU, reason="the kernels are compiled here: pytest -m gpu")
@@ -83,12 +85,12 @@ def test_under_checkpoint_the_output_is_kept_and_the_operands_are_made_again(mon
     values, starts = operands(1, 40, 2, TINY, docs=True)
     plain = values_and_gradients(attention_triton, values, TINY, starts)
     kept, runs = [], []
-    launch = mla.attention_forward
+    launch = mla_attention.attention_forward
     class Counted:
         def __getitem__(self, grid):
             runs.append(grid)
             return launch[grid]
-    monkeypatch.setattr(mla, "attention_forward", Counted())
+    monkeypatch.setattr(mla_attention, "attention_forward", Counted())
 
     def again(q_nope, q_rope, k_nope, k_rope, v, scale, starts):
         form = lambda *t: attention_triton(*(2 * x / 2 for x in t), scale, starts, kept)

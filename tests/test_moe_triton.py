@@ -7,8 +7,9 @@ import torch
 from conftest import GPU, no_triton, tiny
 
 import backend
+from experts_few import MAX_TOKENS, experts_torch, experts_triton
 from fp8 import linear_torch, linear_triton
-from moe import MAX_TOKENS, MoE, experts_torch, experts_triton, max_vio, route, route_torch, route_triton
+from moe import MoE, max_vio, route, route_torch, route_triton
 
 DEVICE = "cuda" if GPU else "cpu"
 

@@ -1,0 +1,281 @@
+"""bench.py fp8, fp8_error, fp8_tiny, fp8_loss and fp8_quality: what FP8 gains, and what it costs."""
+import math
+import shutil
+import statistics
+import subprocess
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+import configs
+import fp8
+import fp8_gemm
+import fp8_tiles
+from configs import UserError
+from data import Data
+from measure import checkpoints_of, copy_rate, error, in_turn, lines, milliseconds, needs_fp8, record, seconds, train
+from parallel import latest, read_state
+
+# --- FP8 --------------------------------------------------------------------------------------------------------------
+
+def fp8_error(options):
+    """Products of two 64 x K matrices in E4M3: the relative error of what is summed in 14 bits, against float64."""
+    out = []
+    for kind, draw in (("normal", torch.randn), ("uniform in [0, 1]", torch.rand)):
+        for K in (2**i for i in range(7, 15)):
+            generator = torch.Generator().manual_seed(K)
+            a, b = (fp8_tiles.quantize_torch(draw(64, K, generator=generator)) for _ in range(2))
+            a, b = (fp8_tiles.Quantized(q.values, torch.ones_like(q.scale)) for q in (a, b))    # one scale for all of K
+            exact = a.values.double() @ b.values.double().t()
+            alone = fp8_gemm.dot_limited(a.values.float(), b.values.float(), torch.zeros(64, 64))
+            out.append({"numbers": kind, "K": K, "promoted": error(fp8_gemm.gemm_torch(a, b, kept=14), exact),
+                        "not_promoted": error(alone, exact), "float32": error(fp8_gemm.gemm_torch(a, b), exact)})
+            print(out[-1], flush=True)
+    record("fp8_error", "python bench.py fp8_error", errors=out)
+
+
+def fp8_loss(options):
+    """The same seed and data in three precisions: mean training loss of the last 100 steps, and validation loss."""
+    data = options.get("data")
+    if not data or not Path(data).is_file():
+        raise UserError("bench.py fp8_loss: --data=FILE names an English text of about 1 MB, such as tiny Shakespeare")
+    changes, runs = ["--max_steps=300", "--decay_start=100"], []
+    for seed in range(1, 1 + int(options.get("seeds", 2))):
+        for precision in ("fp32", "bf16", "fp8_reference"):
+            with tempfile.TemporaryDirectory() as folder:
+                train("configs/char.py", f"--data={Path(data).resolve()}", f"--seed={seed}", *changes,
+                      f"--precision={precision}", f"--out_dir={folder}/run", OMP_NUM_THREADS="1")
+                rows, evals = lines(f"{folder}/run")
+                state = read_state(latest(f"{folder}/run"))
+            runs.append({"seed": seed, "precision": precision, "val_loss": evals[-1]["val_bpb"] * math.log(2),
+                         "loss": statistics.mean(r["loss"] for r in rows[-100:]), "seconds": rows[-1]["time"]})
+            print(runs[-1], flush=True)
+    record("fp8_loss", f"python bench.py fp8_loss --data={Path(data).name}", changes=changes, data=state["data"],
+           runs=runs)
+
+
+def fp8_tiny(options):
+    """The default job with a schedule of 150 steps, in FP32 and in FP8 (the reference), the same seed and data: mean
+    training loss of the last 50 steps, and validation loss."""
+    changes, runs = ["--max_steps=150", "--decay_start=50", "--save_interval=0"], []
+    for precision in ("fp32", "fp8_reference"):
+        with tempfile.TemporaryDirectory() as folder:
+            train("configs/tiny.py", *changes, f"--precision={precision}", f"--out_dir={folder}/run")
+            rows, evals = lines(f"{folder}/run")
+            state = read_state(latest(f"{folder}/run"))
+        runs.append({"precision": precision, "loss": statistics.mean(r["loss"] for r in rows[-50:]),
+                     "val_loss": evals[-1]["val_loss"], "losses": checkpoints_of(rows, (50, 100, 150)),
+                     "seconds": rows[-1]["time"]})
+        print(runs[-1], flush=True)
+    record("fp8_tiny", "python bench.py fp8_tiny", changes=changes, data=state["data"], runs=runs,
+           difference=runs[1]["loss"] / runs[0]["loss"] - 1)
+
+
+V3_LINEARS = {                                # in, out: section 4.2's dims
+    "q_a": (7168, 1536), "q_b": (1536, 24576), "kv_a": (7168, 576), "kv_b": (512, 32768), "o": (16384, 7168),
+    "gate/up": (7168, 4096), "down": (2048, 7168)}
+
+
+def cublas(a, b, dtype=torch.bfloat16):
+    """A function that multiplies as fp8_gemm.gemm_torch does, by cuBLASLt. It wants the block scales of b along K, in
+    multiples of four: laid out here, once."""
+    tile, block = torch.nn.functional.ScalingType.BlockWise1x128, torch.nn.functional.ScalingType.BlockWise128x128
+    kind, scale = tile, b.scale
+    if len(b.scale) < len(b.values):
+        k = scale.shape[1]
+        kind, scale = block, scale.new_empty(len(scale), -(-k // 4) * 4).t()                  # [k, n]
+        scale[:k] = b.scale.t()
+    return lambda: torch.nn.functional.scaled_mm(a.values, b.values.t(), a.scale, tile, scale, kind, output_dtype=dtype)
+
+
+def operands(M, N, K):
+    """Random x [M, K] and w [N, K] in BF16, x in 1x128 tiles, w in blocks and in 1x128 tiles."""
+    x, w = (torch.randn(n, K, device="cuda", dtype=torch.bfloat16) for n in (M, N))
+    return x, w, fp8_tiles.quantize_triton(x)[0], fp8_tiles.blocks_triton(w[None])[0], fp8_tiles.quantize_triton(w)[0]
+
+
+def fp8_products(name, inner, outer, N=4096):
+    """Fprop's product of N tokens and Wgrad's on the same FP8 operands: TFLOP/s of our kernel, cuBLASLt's and BF16's,
+    in turn; Fprop's error against float64. Wgrad is added to an FP32 gradient, which cuBLASLt does in a second pass."""
+    x, w, a, b, _ = operands(N, outer, inner)
+    y, theirs = x.new_empty(N, outer), cublas(a, b)
+    exact = a[:256].dequantize().double() @ b.dequantize().double().t()
+    out = {"name": name, "M": N, "N": outer, "K": inner,
+           "triton_error": error(fp8_gemm.gemm_triton(a, b, y)[:256], exact)}
+    runs = {"triton": lambda: fp8_gemm.gemm_triton(a, b, y), "gemm": lambda: fp8_gemm.gemm(a, b, y),
+            "bf16": lambda: x @ w.t()}
+    if outer % 128 == 0:                                                       # kv_a's 576 are not whole blocks
+        out["cublas_error"], runs["cublas"] = error(theirs()[:256], exact), theirs
+    dy, xt, columns, _, x_columns = operands(outer, inner, N)                      # [out, tokens], [in, tokens]
+    dw, wgrad_cublas = torch.zeros(outer, inner, device="cuda"), cublas(columns, x_columns, torch.float32)
+    runs |= {"wgrad_triton": lambda: fp8_gemm.gemm_triton(columns, x_columns, dw), "wgrad_cublas": wgrad_cublas,
+             "wgrad_bf16": lambda: dy @ xt.t(), "wgrad_cublas_add": lambda: dw.add_(wgrad_cublas()),
+             "wgrad_triton_add": lambda: fp8_gemm.gemm_triton(columns, x_columns, dw, True)}
+    r = {run: 2 * N * outer * inner / ms / 1e9 for run, ms in in_turn(runs, rounds=3).items()}
+    against = lambda ours, theirs: f"{r[ours] / r[theirs]:.2f}x" if theirs in r else "-"
+    print(f"{name}: {r['triton']:.0f} TFLOP/s, {against('triton', 'cublas')} cuBLASLt, "
+          f"{against('triton', 'bf16')} BF16; gemm {r['gemm']:.0f}; Wgrad {r['wgrad_triton']:.0f}, "
+          f"{against('wgrad_triton', 'wgrad_cublas')} cuBLASLt, {against('wgrad_triton', 'wgrad_bf16')} BF16; "
+          f"added to a gradient {r['wgrad_triton_add']:.0f}, {against('wgrad_triton_add', 'wgrad_cublas_add')}",
+          flush=True)
+    return out | r
+
+
+def fp8_few(M, N, K):
+    """Microseconds of a product of M rows, L2 cold, as a CUDA graph."""
+    x, w, a, b, _ = operands(M, N, K)
+    y = x.new_empty(M, N)
+    runs = {"triton": lambda: fp8_gemm.gemm_triton(a, b, y), "cublas": cublas(a, b), "bf16": lambda: x @ w.t()}
+    out = {"M": M, "N": N, "K": K} | {name: seconds(run) * 1e6 for name, run in runs.items()}
+    out["weight_tb_s"] = N * K / out["triton"] / 1e6
+    print(f"{M} rows, {N} x {K}: {out['triton']:.1f} us, {out['cublas'] / out['triton']:.2f}x cuBLASLt, "
+          f"{out['bf16'] / out['triton']:.2f}x BF16, weights at {out['weight_tb_s']:.2f} TB/s", flush=True)
+    return out
+
+
+def fp8_linear(inner, outer, N=4096):
+    """Milliseconds of forward and backward of a Linear with an FP32 weight, quantization and casts included, the
+    weight's too: as if each micro-batch were an optimizer step."""
+    layer, out = fp8.Linear(inner, outer).cuda(), {"in": inner, "out": outer}
+    torch.nn.init.normal_(layer.weight)
+    x = torch.randn(N, inner, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    dy = torch.randn(N, outer, device="cuda", dtype=torch.bfloat16)
+
+    def step():
+        torch.autograd.graph.increment_version(layer.weight)
+        torch.autograd.grad(layer(x), (x, layer.weight), dy)
+    for name, recipe in (("bf16", None), ("fp8", fp8.Recipe())):
+        layer.recipe = recipe
+        out[name] = milliseconds(step)
+    return out
+
+
+def fp8_quantization(M=8192, K=7168, F=2048):
+    """Bytes read and written per second of what our kernels do in one pass, and of torch.compile of the same: of
+    RMSNorm and SwiGLU as users have it, which write BF16, and quantize that."""
+    x, h, w, weight, gate = (torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
+                             for shape in ((M, K), (M, 2 * F), (1, M, K), (K,), (M,)))
+    w = w.float()
+    kept, blocks = fp8_tiles.quantize_triton(x)[0], fp8_tiles.blocks_triton(w)
+
+    def rows(x):
+        tiles = x.float().unflatten(-1, (-1, 128))
+        scale = (tiles.abs().amax(-1, keepdim=True) / 448).clamp_min(fp8_tiles.LEAST)
+        return (tiles / scale).to(torch.float8_e4m3fn).flatten(-2), scale.squeeze(-1)
+
+    def both(x):
+        return *rows(x), *rows(x.t().contiguous())
+
+    def norm(x):
+        return torch.nn.functional.rms_norm(x.float(), (K,), weight.float(), 1e-6).to(x.dtype)
+
+    def swiglu(h):
+        a, b = h.chunk(2, -1)
+        return torch.nn.functional.silu(a) * b * gate[:, None]
+
+    row, pair, normed, gated = (torch.compile(f, dynamic=False) for f in (rows, both, norm, swiglu))
+    passes = {
+        "rows": (3 * M * K, lambda: fp8_tiles.quantize_triton(x), lambda: row(x)),
+        "rows and columns": (4 * M * K, lambda: fp8_tiles.quantize_triton(x, columns=True), lambda: pair(x)),
+        "FP8 rows to columns": (2 * M * K, lambda: fp8_tiles.quantize_triton(kept, rows=False, columns=True), None),
+        "RMSNorm, rows": (3 * M * K, lambda: fp8_tiles.norm_quantize_triton(x, weight, 1e-6), lambda: row(normed(x))),
+        "RMSNorm, rows and columns": (4 * M * K, lambda: fp8_tiles.norm_quantize_triton(x, weight, 1e-6, columns=True),
+                                      lambda: pair(normed(x))),
+        "SwiGLU, rows": (5 * M * F, lambda: fp8_tiles.swiglu_quantize_triton(h, gate), lambda: row(gated(h))),
+        "SwiGLU, rows and columns": (6 * M * F, lambda: fp8_tiles.swiglu_quantize_triton(h, gate, columns=True), None),
+        "blocks": (5 * M * K, lambda: fp8_tiles.blocks_triton(w), None),
+        "transpose of blocks": (2 * M * K, lambda: fp8_tiles.transpose_triton(blocks), None)}
+    out = {"copy": copy_rate(), "passes": {}}
+    for name, (moved, ours, theirs) in passes.items():
+        times = in_turn({"triton": ours, **({"compiled": theirs} if theirs else {})}, rounds=3)
+        r = out["passes"][name] = {form: moved / ms * 1e3 for form, ms in times.items()}
+        print(f"{name}: {r['triton'] / 1e12:.2f} TB/s, {r['triton'] / out['copy']:.2f}x a copy"
+              + (f", {r['triton'] / r['compiled']:.2f}x compiled" if theirs else ""), flush=True)
+    return out
+
+
+def fp8_adamw():
+    """A step of the optimizer over one V3 layer's matrices (V3_LINEARS): milliseconds, and bytes read and written per
+    second, of torch's fused AdamW and of ours with moments of both dtypes."""
+    weights = [torch.nn.Parameter(torch.randn(shape[::-1], device="cuda")) for shape in V3_LINEARS.values()]
+    for p in weights:
+        p.grad = torch.randn_like(p)
+    options, out = dict(lr=1e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1), {}
+    for name, dtype, make in (("torch, FP32", torch.float32, lambda: torch.optim.AdamW(weights, fused=True, **options)),
+                              ("ours, FP32", torch.float32, lambda: fp8.AdamW(weights, **options)),
+                              ("ours, BF16", torch.bfloat16, lambda: fp8.AdamW(weights, **options))):
+        optimizer = make()
+        for p in weights:
+            optimizer.state[p] = {"step": torch.zeros((), device="cuda" if "torch" in name else None),
+                                  "exp_avg": torch.zeros_like(p, dtype=dtype),
+                                  "exp_avg_sq": torch.zeros_like(p, dtype=dtype)}
+        ms, moved = milliseconds(optimizer.step), (12 + 4 * dtype.itemsize) * sum(p.numel() for p in weights)
+        out[name] = {"ms": ms, "bytes_per_s": moved / ms * 1e3}
+    return out
+
+
+def shown(row):
+    print({key: round(v, 5) if isinstance(v, float) else v for key, v in row.items()}, flush=True)
+    return row
+
+
+def fp8_on_a_gpu(options):
+    needs_fp8("fp8")
+    parts = {
+        "products": lambda: [fp8_products(name, *dims) for name, dims in V3_LINEARS.items()]
+        + [fp8_products("square", 8192, 8192, 8192)],
+        "few": lambda: [fp8_few(M, *V3_LINEARS[name][::-1]) for M in (16, 64, 128) for name in ("q_a", "gate/up", "o")],
+        "linears": lambda: [shown({"name": name, **fp8_linear(*dims)}) for name, dims in V3_LINEARS.items()],
+        "square": lambda: [shown(fp8_linear(dim, dim)) for dim in (256, 512, 1024, 2048, 4096, 8192)],  # where it pays
+        "adamw": lambda: shown(fp8_adamw()), "quantization": fp8_quantization}
+    out = {}
+    for name, measure in parts.items():
+        out[name] = measure()
+        record("fp8", "python bench.py fp8", **out)                            # what there is, should the rest not come
+
+
+# --- the quality of FP8 -----------------------------------------------------------------------------------------------
+
+def torch_sources(folder):
+    """The Python sources of the installed torch, some 45 MB of text that every machine of ours has, as a folder."""
+    root = Path(torch.__file__).parent
+    for path in root.rglob("*.py"):
+        target = Path(folder) / path.relative_to(root)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, target)
+    return folder
+
+
+def fp8_quality(options, limit=285):
+    """configs/gpu.py, 32 sequences a step, in BF16, in BF16 with another seed (what a difference may be worth), and in
+    FP8 with moments in BF16, at the same time on one GPU: the training loss, and its mean over the last 100 steps that
+    all three have done within `limit` seconds. --data=FOLDER: other text than torch's own sources."""
+    needs_fp8("fp8_quality")
+    jobs = {"BF16": ["--precision=bf16"], "BF16, another seed": ["--precision=bf16", "--seed=1338"],
+            "FP8": ["--precision=fp8", "--moments=bf16"]}
+    with tempfile.TemporaryDirectory() as folder:
+        data = options.get("data") or torch_sources(f"{folder}/torch")
+        common = ["configs/gpu.py", f"--data={data}", "--batch_size=32", "--eval_interval=0", "--save_interval=0"]
+
+        def one(job):
+            number, changes = job
+            try:
+                train(*common, *changes, f"--out_dir={folder}/{number}", limit=limit, OMP_NUM_THREADS="4")
+            except subprocess.TimeoutExpired:
+                print(f"{' '.join(changes)}: cut off after {limit} s", flush=True)
+            return lines(f"{folder}/{number}")
+        with ThreadPoolExecutor(len(jobs)) as pool:
+            done = list(pool.map(one, enumerate(jobs.values())))
+        identity = Data(configs.load(common)).identity                                         # from the cache by now
+    steps, runs = min(len(rows) for rows, _ in done), []
+    for (name, changes), (rows, evals) in zip(jobs.items(), done):
+        loss = statistics.mean(r["loss"] for r in rows[:steps][-100:])
+        first = runs[0]["loss"] if runs else loss
+        runs.append({"name": name, "changes": changes, "loss": loss, "difference": loss / first - 1,
+                     "val_loss": evals[-1]["val_loss"] if evals else None, "seconds": rows[-1]["time"],
+                     "tokens_per_s": statistics.median(r["tokens_per_s"] for r in rows),
+                     "curve": [round(r["loss"], 5) for r in rows[:steps]]})
+        print({k: v for k, v in runs[-1].items() if k != "curve"}, flush=True)
+    record("fp8_quality", "python bench.py fp8_quality", steps=steps, data=identity, runs=runs)

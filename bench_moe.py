@@ -1,0 +1,273 @@
+"""bench.py moe, step and layer: the experts, and what a training step with them costs."""
+import multiprocessing
+import statistics
+import time
+from concurrent.futures import ProcessPoolExecutor
+
+import torch
+
+import backend
+import configs
+import experts
+import experts_fp8
+import fp8
+import mla
+import moe
+from configs import UserError
+from measure import milliseconds, needs_fp8, record
+from model import V3, Block, arithmetic
+from train import make_optimizer
+
+# --- the experts on a GPU ---------------------------------------------------------------------------------------------
+
+MOE_SHAPES = {                                # tokens, experts, chosen, dim, moe_inter_dim
+    "bench_1b": (32768, 64, 6, 1024, 512), "V2-Lite": (8192, 64, 6, 2048, 1408),
+    "4 experts of V3": (32768, 4, 1, 7168, 2048)}
+
+
+def moe_inputs(N, E, K, D, F):
+    """x, indices, gate weights, w13, w2 as training has them: BF16 tokens, FP32 masters, an even load."""
+    random = lambda *shape: torch.randn(*shape, device="cuda")
+    return random(N, D).to(torch.bfloat16), random(N, E).topk(K).indices, random(N, K).sigmoid(), \
+        random(E, 2 * F, D) * D ** -0.5, random(E, D, F) * F ** -0.5
+
+
+def grouped_experts(x, indices, weights, w13, w2):
+    """What one would write and have compiled: the rows sorted by expert, two grouped products, the rows added up."""
+    grouped_mm, silu = torch.nn.functional.grouped_mm, torch.nn.functional.silu
+    chosen, K, E = indices.flatten(), indices.shape[1], len(w13)
+    order = chosen.argsort(stable=True)
+    ends = torch.histc(chosen.float(), E, 0, E).cumsum(0).to(torch.int32)
+    a, b = grouped_mm(x[order // K], w13.to(x.dtype).transpose(1, 2), offs=ends).chunk(2, -1)
+    hidden = silu(a) * b * weights.flatten()[order].to(x.dtype)[:, None]
+    rows = grouped_mm(hidden, w2.to(x.dtype).transpose(1, 2), offs=ends)
+    return torch.zeros_like(x).index_add(0, order // K, rows)
+
+
+def moe_forms():
+    return {"compiled": torch.compile(grouped_experts), "Triton": experts_fp8.routed_triton,
+            "Triton, FP8": lambda *inputs: experts_fp8.routed_triton(*inputs, fp8.Recipe())}
+
+
+def moe_layer(name):
+    """Milliseconds of forward, and of forward and backward, and the bytes kept in between: casting and quantizing the
+    weights included, as if each were an optimizer step."""
+    N, E, K, D, F = MOE_SHAPES[name]
+    x, indices, *rest = moe_inputs(N, E, K, D, F)
+    leaves, dout = [t.requires_grad_() for t in (x, *rest)], torch.randn_like(x)
+    out = {"name": name, "tokens": N, "experts": E, "chosen": K, "dim": D, "inter": F}
+    for form, run in moe_forms().items():
+        def forward():
+            for w in leaves[2:]:
+                torch.autograd.graph.increment_version(w)
+            return run(leaves[0], indices, *leaves[1:])                                                # noqa: B023
+
+        def both():
+            torch.autograd.grad(forward(), leaves, dout)                                               # noqa: B023
+        times = milliseconds(forward), milliseconds(both)
+        for w in leaves[2:]:
+            vars(w).clear()                                        # the copy in BF16 or FP8 that stays with a parameter
+        before = torch.cuda.memory_allocated()
+        y = forward()
+        out[form] = {"forward_ms": times[0], "both_ms": times[1], "kept_bytes": torch.cuda.memory_allocated() - before,
+                     "tflops": 18 * N * K * D * F / times[1] / 1e9}
+        del y
+        ours, theirs = out[form], out["compiled"]
+        print(f"{name}, {form}: forward {times[0]:.2f} ms ({theirs['forward_ms'] / times[0]:.2f}x), "
+              f"both {times[1]:.2f} ms ({theirs['both_ms'] / times[1]:.2f}x, {ours['tflops']:.0f} TFLOP/s), "
+              f"keeps {ours['kept_bytes'] / 1e6:.0f} MB ({ours['kept_bytes'] / theirs['kept_bytes']:.2f}x)", flush=True)
+    return out
+
+
+def moe_products(name, tokens=None):
+    """The first product of the experts alone, TFLOP/s: F.grouped_mm, and ours in BF16 and FP8, with and without the
+    quantization of the activations."""
+    N, E, K, D, F = MOE_SHAPES[name]
+    N = tokens or N
+    x, indices, _, w13, _ = moe_inputs(N, E, K, D, F)
+    plan, w, w8 = experts.plan_triton(indices, E), w13.to(x.dtype), fp8.quantized(w13, False)
+    rows, rows8 = experts.gather_triton(x, plan), experts_fp8.gather8_triton(x, plan)[0]
+    packed, ends = rows[plan.pair >= 0], torch.bincount(indices.flatten(), minlength=E).cumsum(0).to(torch.int32)
+    rate = lambda run: 4 * N * K * D * F / milliseconds(run, 40) / 1e9
+    out = {"name": name,
+           "grouped_mm": rate(lambda: torch.nn.functional.grouped_mm(packed, w.transpose(1, 2), offs=ends)),
+           "bf16": rate(lambda: experts.rows_triton(rows, w, plan, False, experts.HOPPER)),
+           "fp8": rate(lambda: experts_fp8.rows8(rows8, w8, plan, x.dtype)),
+           "fp8_quantizing": rate(lambda: experts_fp8.rows8(experts_fp8.gather8_triton(x, plan)[0], w8, plan, x.dtype))}
+    if not tokens:
+        print({key: value if key == "name" else round(value) for key, value in out.items()}, flush=True)
+    return out
+
+
+def moe_prepare(name, form):
+    """In a process of its own: compile what a form needs, into the caches on disk."""
+    N, E, K, D, F = MOE_SHAPES[name]
+    tokens = N if form == "compiled" else 4096                       # torch.compile compiles for a number of tokens
+    x, indices, *rest = moe_inputs(tokens, E, K, D, F)
+    leaves = [t.requires_grad_() for t in (x, *rest)]
+    torch.autograd.grad(moe_forms()[form](leaves[0], indices, *leaves[1:]), leaves, torch.randn_like(x))
+    if form == "Triton":
+        moe_products(name, tokens)
+
+
+def moe_on_a_gpu(options):
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    path, why = backend.experts(device, torch.bfloat16, (128, 128))
+    if path != "Triton":
+        raise UserError(f"bench.py moe: a Hopper GPU with Triton is needed ({why})")
+    jobs = [(name, form) for form in moe_forms() for name in MOE_SHAPES]
+    with ProcessPoolExecutor(len(jobs), multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(moe_prepare, *zip(*jobs)))
+    layers, products = [], []
+    for name in MOE_SHAPES:
+        products.append(moe_products(name))
+        layers.append(moe_layer(name))
+        record("moe", "python bench.py moe", layers=layers, products=products)
+
+
+def training_step(compiled, batch=16, steps=8):
+    """Tokens/s and peak bytes of whole training steps of configs/bench_1b.py on random tokens."""
+    c = configs.load(["configs/bench_1b.py", "--bf16_head=True"])
+    with torch.device("cuda"):
+        v3 = V3(c).train()
+    for block in v3.layers if compiled else ():
+        block.compile()
+    optimizer, times = make_optimizer(c, v3.parameters()), []
+    tokens = torch.randint(c.vocab_size, (batch, c.seq_len + 1), device="cuda")
+    torch.cuda.reset_peak_memory_stats()
+    for _ in range(steps):
+        began = time.perf_counter()
+        v3.loss(tokens, totals=([batch * c.seq_len], batch))[0].backward()
+        torch.nn.utils.clip_grad_norm_(v3.parameters(), c.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+    out = {"compiled": compiled, "tokens": batch * c.seq_len, "peak_bytes": torch.cuda.max_memory_allocated(),
+           "tokens_per_s": batch * c.seq_len / statistics.median(times[steps // 2:])}
+    print(f"{'compiled' if compiled else 'eager'}: {out['tokens_per_s']:,.0f} tokens/s, "
+          f"{out['peak_bytes'] / 1e9:.1f} GB", flush=True)
+    return out
+
+
+def step(options):
+    if not torch.cuda.is_available():
+        raise UserError("bench.py step: a GPU is needed")
+    runs = []
+    for compiled in (False, True):
+        runs.append(training_step(compiled))
+        record("step", "python bench.py step", runs=runs)
+
+
+# --- one layer of V3 as one GPU of 64 has it --------------------------------------------------------------------------
+
+class Arrive(torch.autograd.Function):
+    """Rows that other GPUs send: a buffer that comes to be now. What is the rows' gradient is sent back and gone."""
+
+    @staticmethod
+    def forward(ctx, tie, wire):
+        return wire.clone()
+
+    @staticmethod
+    def backward(ctx, drows):
+        return drows.new_zeros(()), None
+
+
+class Leave(torch.autograd.Function):
+    """Rows that are sent, and gone; their gradient arrives in backward."""
+
+    @staticmethod
+    def forward(ctx, rows, wire):
+        ctx.wire = wire
+        return rows.new_zeros(())
+
+    @staticmethod
+    def backward(ctx, _):
+        return ctx.wire.clone(), None
+
+
+class Slice(torch.nn.Module):
+    """One MoE layer of V3 on one GPU of 64: attention, norms, gate and shared expert for its own sequence, and 4 of the
+    256 experts for the rows that all GPUs send it: 8 experts a token, so as many rows as it sends itself. The rows and
+    their gradients come from `wire`, which stands for the network, and cost a copy."""
+
+    def __init__(self, c, experts=4):
+        super().__init__()
+        with torch.device("meta"):
+            self.block = Block(c, dense=False)
+            ffn = self.block.ffn
+            ffn.w13, ffn.w2 = (torch.nn.Parameter(w[:experts]) for w in (ffn.w13, ffn.w2))
+        if c.precision == "fp8":
+            fp8.convert(self.block)
+        self.to_empty(device="cuda")
+        for p in self.parameters():
+            torch.nn.init.normal_(p, std=0.006) if p.ndim > 1 else torch.nn.init.ones_(p)
+        ffn.gate.bias.zero_()
+        rows = c.seq_len * c.n_activated_experts
+        random = lambda *shape: torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
+        self.wire, self.gates = [random(rows, c.dim) for _ in range(2)], torch.rand(rows, 1, device="cuda")
+        self.indices = torch.arange(rows, device="cuda")[:, None] * experts // rows           # [R, 1], as many for each
+        self.x, self.dy, self.rope = random(1, c.seq_len, c.dim), random(1, c.seq_len, c.dim), mla.rope_table(c).cuda()
+
+    def forward(self):
+        """-> (the tensors that backward begins from, their gradients)."""
+        ffn = self.block.ffn
+        h, x = self.block.attention(self.x.requires_grad_(), self.rope[:self.x.shape[1]])
+        routing = ffn.gate(x)
+        tie = torch.zeros((), device="cuda", requires_grad=True)
+        sent = Leave.apply(moe.routed(Arrive.apply(tie, self.wire[0]), self.indices, self.gates, ffn.w13, ffn.w2,
+                                      ffn.recipe, len(self.indices)), self.wire[1])
+        roots = h + ffn.shared(x), routing.weights, routing.balance, sent
+        return roots, (self.dy, routing.weights.detach(), None, None)
+
+
+def layer_in(precision, moments):
+    """A step (forward, backward, optimizer) of the Slice: milliseconds, the peak of memory, and what it is made of."""
+    c = configs.load(["configs/v3_671b.py", "--recompute_mla=True", f"--precision={precision}", f"--moments={moments}"])
+    torch.cuda.empty_cache()
+    nothing = torch.cuda.memory_allocated()
+    part = Slice(c).train()
+    weights = list(part.parameters())
+    optimizer = make_optimizer(c, weights)
+    wire, size = sum(t.nbytes for t in part.wire), lambda tensors: sum(t.nbytes for t in tensors)
+    held = lambda: torch.cuda.memory_allocated() - nothing - wire
+    bytes_ = {"weights": size(weights), "moments": size(t for s in optimizer.state.values() for t in s.values()
+                                                        if t.is_cuda and t.ndim)}
+
+    def step():
+        torch.autograd.backward(*part())
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        part.x.grad = None
+    step()
+    bytes_["FP8 copies"] = size(t for p in weights if hasattr(p, "fp8") for t in (p.fp8[1].values, p.fp8[1].scale))
+    bytes_["BF16 copies"] = size(p.low[1] for p in weights if hasattr(p, "low"))
+    before = held()
+    roots = part()
+    bytes_["saved activations"] = held() - before
+    torch.autograd.backward(*roots)
+    del roots
+    bytes_["gradients"] = size(p.grad for p in weights if p.grad is not None)
+    optimizer.zero_grad(set_to_none=True)
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    peak = torch.cuda.max_memory_allocated() - nothing - wire
+    ms = milliseconds(step, 400)
+    out = {"precision": precision, "moments": moments, "parameters": sum(p.numel() for p in weights), "ms": ms,
+           "tokens_per_s": c.seq_len / ms * 1e3, "peak_bytes": peak, "bytes": bytes_}
+    rows = part.wire[0].shape[0]
+    expert = part.block.ffn.w13.numel() + part.block.ffn.w2.numel()
+    products = c.seq_len * (sum(p.numel() for p in weights) - expert) + rows * expert // len(part.block.ffn.w13)
+    attention = 2 * c.n_heads * (c.qk_head_dim + c.v_head_dim) * (c.seq_len + 1) / 2 * c.seq_len
+    out["flops"] = 6 * products + 3 * attention
+    out["tflops"] = out["flops"] / ms / 1e9
+    out["gpu_hours_per_trillion_tokens"] = 1e12 * arithmetic(c)["flops"] / (out["tflops"] * 1e12) / 3600
+    print({k: round(v, 3) if isinstance(v, float) else v for k, v in out.items()}, flush=True)
+    return out
+
+
+def layer(options):
+    needs_fp8("layer")
+    half, eight = layer_in("bf16", "fp32"), layer_in("fp8", "bf16")
+    record("layer", "python bench.py layer", runs=[half, eight], speedup=half["ms"] / eight["ms"],
+           memory=eight["peak_bytes"] / half["peak_bytes"])

@@ -1,0 +1,327 @@
+"""bench.py readme: the tables and figures of the README, from results/*.json."""
+import statistics
+
+import torch
+
+import cluster
+import configs
+import dualpipe
+from bench_mla import cache_per_token
+from configs import UserError
+from measure import HERE, RESULTS, call, load
+from model import arithmetic
+from parallel import write_atomic
+
+# --- the README -------------------------------------------------------------------------------------------------------
+
+def clusters():
+    """V3's own 2048 GPUs under each schedule, as cluster.py plans them."""
+    v3 = configs.read(HERE / "configs/v3_671b.py")
+    v3 = configs.Config(**{key: value for key, (value, _) in v3.items()}).replace(precision="fp8", moments="bf16")
+    a, lines = arithmetic(v3), ["| schedule | a step, s | bubble | exchanges hidden, s | exposed | tokens/s a GPU | "
+                                "weights, gradients, moments, GB | activations |", "|---|---|---|---|---|---|---|---|"]
+    for kind in dualpipe.KINDS:
+        n, _ = cluster.plan(v3, kind, 16, 128, 64, a=a)
+        lines.append(f"| {kind} | {n['step']:.1f} | {n['bubble']:.1%} | {n['hidden']:.1f} | {n['exposed']:.1f} | "
+                     f"{n['tokens_per_s']:,.0f} | {n['weights'] / 1e9:.0f} | {n['activations'] / 1e9:.0f} |")
+    return "\n".join(lines)
+
+
+def tables():
+    """{name of a marked place in the README: its text}, from the committed results."""
+    t, c, a, d, s = load("tiny"), load("char"), load("ablations"), load("decode"), load("speculation")
+    attention, low, eight, part, quality = (load(n) for n in ("attention", "fp8_loss", "fp8", "layer", "fp8_quality"))
+    p, o, small = load("pipeline"), load("overlap"), load("fp8_tiny")
+    mean = lambda runs, key: statistics.mean(r[key] for r in runs)
+    spread = lambda runs, key: statistics.stdev(r[key] for r in runs) if len(runs) > 1 else 0.0
+    vio = lambda runs: f"{mean(runs, 'max_vio'):.2f}" if mean(runs, "max_vio") else "-"
+    out = {"dualpipe": f"```\n{dualpipe.table(dualpipe.parse([]))}\n```", "cluster": clusters()}
+    if t:
+        out["tiny"] = (
+            f"| | |\n|---|---|\n| time, process start to last line | {t['seconds'] / 60:.1f} minutes "
+            f"({t['tokens_per_s']:,.0f} tokens/s) |\n| validation | {t['val_bpb']:.3f} bits per byte, "
+            f"{t['ratio']:.3f}x of `xz -9e` ({t['xz_bpb']:.3f}) |\n"
+            f"| peak memory | {t['peak_bytes'] / 1e9:.2f} GB |\n| machine | {t['cpu']}, torch {t['torch']} |")
+        out["sample"] = "```python\n" + t["sample"].strip() + "\n```"
+    if t and c:
+        row = lambda name, r, final: f"| {name} | " + " | ".join(
+            f"{r['losses'][s]:.2f}" if s in r["losses"] else "" for s in ("100", "200", "400", "500", "1000")) \
+            + f" | {final} | {r['python']} | `{r['data']['corpus_sha256'][:12]}` |"
+        out["normal"] = "\n".join([
+            "| config | step 100 | 200 | 400 | 500 | 1000 | validation | Python | corpus sha256 |",
+            "|---|---|---|---|---|---|---|---|---|",
+            row("tiny", t, f"{t['val_bpb']:.3f} bits per byte"),
+            row("char (tiny Shakespeare)", c, f"{c['runs'][0]['final_loss']:.3f} nats per byte")])
+    if c:
+        out["char"] = "\n".join([
+            "| | validation loss, nats per byte | seconds |", "|---|---|---|",
+            *(f"| nanoGPT, 2000 steps | {r['nanogpt_loss']:.4f} | {r['nanogpt_seconds']:.1f} |\n"
+              f"| nanoV3, step {r['step']}, its first evaluation at or under that | "
+              f"{dict(map(tuple, c['evals']))[r['step']]:.4f} | {r['seconds']:.1f} ({r['ratio']:.2f}x) |"
+              for r in c["runs"])])
+    if a:
+        out["ablations"] = "\n".join([
+            "| variant | validation loss (mean ± std of the seeds) | MaxVio | seconds |", "|---|---|---|---|",
+            *(f"| {name} | {mean(v['runs'], 'val_loss'):.4f} ± {spread(v['runs'], 'val_loss'):.4f} | "
+              f"{vio(v['runs'])} | {mean(v['runs'], 'seconds'):.0f} |"
+              for name, v in a["variants"].items())])
+    if attention:
+        cell = lambda r, way: " | ".join(
+            f"{r['Triton, ' + way][key + '_ms']:.2f} ({r[way + ', times cuDNN'][key]:.2f}x)"
+            for key in ("forward", "backward"))
+        out["attention"] = "\n".join([
+            "| batch, heads, tokens | forward, ms | backward, ms | kernel alone: forward | backward | memory |",
+            "|---|---|---|---|---|---|",
+            *(f"| {r['B']}, {r['H']}, {r['T']:,} | {cell(r, 'block')} | {cell(r, 'kernel')} | "
+              f"{r['block, times cuDNN']['memory']:.2f}x |" for r in attention["shapes"]), "",
+            f"{attention['gpu']}, dims {'/'.join(map(str, attention['shapes'][0]['dims']))}, BF16. In brackets: speed "
+            f"against cuDNN; memory: the peak of the attention block, against the same. A V3 attention layer of 4,096 "
+            f"tokens keeps " + "; ".join(f"{r['kept_bytes'] / 1e6:,.0f} MB with {name} ({r['ms']:.1f} ms)"
+                                         for name, r in attention["recomputation"].items()) + ".", "",
+            "| | torch: forward, backward, ms | torch.compile | Triton |", "|---|---|---|---|",
+            *(f"| {name} | " + " | ".join(f"{r['forward_ms']:.3f}, {r['backward_ms']:.3f}" for r in forms.values())
+              + " |" for name, forms in attention["small_ops"].items())])
+    if d:
+        shapes, error = d["attention"]["shapes"], d["attention"]["error"]
+        out["decode"] = "\n".join([
+            "| batch, heads, tokens held, queries | replayed, us | torch.compile | launched, us | torch.compile | "
+            "cache, TB/s | TFLOP/s | FP8 cache |", "|---|---|---|---|---|---|---|---|",
+            *(f"| {r['batch']}, {r['heads']}, {r['tokens']:,}, {r['queries']} | {r['us']:.0f} | "
+              f"{r['compiled_us']:.0f} ({r['speedup']:.1f}x) | {r['launched_us']:.0f} | "
+              f"{r['compiled_launched_us']:.0f} ({r['compiled_launched_us'] / r['launched_us']:.1f}x) | "
+              f"{r['cache_tb_s']:.2f} | {r['tflops']:.0f} | {r['fp8_us']:.0f} |" for r in shapes), "",
+            f"{d['gpu']}, V3's dims. Relative error: {error['triton']:.1e} (plain torch in BF16 {error['torch']:.1e}), "
+            f"with an FP8 cache {error['triton_fp8']:.1e}.", "",
+            "| generation, `config/bench_1b.py`, random weights | tokens/s | if it only read its weights and cache |",
+            "|---|---|---|",
+            *(f"| batch {g['batch']} | {g['tokens_per_s']:,.0f} | {g['limit_tokens_per_s']:,.0f} |"
+              for g in d["generation"])])
+    if low:
+        of = lambda precision, key: [r[key] for r in low["runs"] if r["precision"] == precision]
+        against = lambda precision: statistics.mean(of(precision, "loss")) / statistics.mean(of("bf16", "loss")) - 1
+        names = {"fp32": "FP32", "bf16": "BF16", "fp8_reference": "FP8, the reference"}
+        out["fp8_loss"] = "\n".join([
+            "| products | training loss, last 100 steps, of each seed | against BF16 | validation loss |",
+            "|---|---|---|---|",
+            *(f"| {name} | {', '.join(f'{x:.4f}' for x in of(key, 'loss'))} | {against(key):+.2%} | "
+              f"{', '.join(f'{x:.4f}' for x in of(key, 'val_loss'))} |" for key, name in names.items())])
+    if eight and "quantization" in eight:
+        ratio = lambda r, ours, theirs, what: f"{r[ours]:.0f}" + (
+            f" ({r[ours] / r[theirs]:.2f}x {what})" if theirs in r else "")
+        copy = eight["quantization"]["copy"]
+        out["fp8_kernels"] = "\n".join([
+            "| Linear: tokens, in, out | Fprop, TFLOP/s | against BF16 | Wgrad | added to a gradient |",
+            "|---|---|---|---|---|",
+            *(f"| {r['name']}: {r['M']}, {r['K']}, {r['N']} | {ratio(r, 'triton', 'cublas', 'cuBLASLt')} | "
+              f"{r['triton'] / r['bf16']:.2f}x | {ratio(r, 'wgrad_triton', 'wgrad_cublas', 'cuBLASLt')} | "
+              f"{ratio(r, 'wgrad_triton_add', 'wgrad_cublas_add', 'cuBLASLt and a sum')} |" for r in eight["products"]),
+            "", "| few rows: rows, in, out | microseconds | cuBLASLt | BF16 |", "|---|---|---|---|",
+            *(f"| {r['M']}, {r['K']}, {r['N']} | {r['triton']:.1f} | {r['cublas']:.1f} | {r['bf16']:.1f} |"
+              for r in eight["few"]),
+            "", "| in one pass | TB/s | against a copy | against torch.compile |", "|---|---|---|---|",
+            *(f"| {name} | {r['triton'] / 1e12:.2f} | {r['triton'] / copy:.2f}x | "
+              + (f"{r['triton'] / r['compiled']:.2f}x" if "compiled" in r else "") + " |"
+              for name, r in eight["quantization"]["passes"].items())])
+    if eight and "adamw" in eight:
+        row = lambda what, r: f"| {what} | {r['bf16']:.3f} | {r['fp8']:.3f} | {r['bf16'] / r['fp8']:.2f}x |"
+        every = {key: sum(r[key] for r in eight["linears"]) for key in ("bf16", "fp8")}
+        out["fp8_linears"] = "\n".join([
+            "| Linear: in, out | BF16, ms | FP8, ms | speed |", "|---|---|---|---|",
+            *(row(f"{r['name']}: {r['in']}, {r['out']}", r) for r in eight["linears"]), row("together", every),
+            *(row(f"{r['in']}, {r['out']}", r) for r in eight["square"]), "",
+            f"{eight['gpu']}. AdamW, bytes read and written per second: " + "; ".join(
+                f"{name} moments {r['bytes_per_s'] / 1e12:.2f} TB/s ({r['ms']:.2f} ms)"
+                for name, r in eight["adamw"].items()) + "."])
+    if part:
+        sides, GB = part["runs"], lambda size: f"{size / 1e9:.2f}"
+        line = lambda name, value: f"| {name} | " + " | ".join(map(value, sides)) + " |"
+        out["layer"] = "\n".join([
+            line("", lambda r: f"{r['precision'].upper()}, {r['moments'].upper()} moments"), "|---|---|---|",
+            line("ms a step, 4096 tokens", lambda r: f"{r['ms']:.1f}"),
+            line("tokens/s", lambda r: f"{r['tokens_per_s']:,.0f}"),
+            line("TFLOP/s of the model", lambda r: f"{r['tflops']:.0f}"),
+            line("GPU hours per trillion tokens", lambda r: f"{r['gpu_hours_per_trillion_tokens'] / 1e3:.0f}K"),
+            line("peak memory, GB", lambda r: GB(r["peak_bytes"])),
+            *(line(f"... {what}", lambda r, what=what: GB(r["bytes"][what])) for what in sides[0]["bytes"]), "",
+            f"{part['gpu']}. FP8 against BF16: {part['speedup']:.2f}x the speed, {part['memory']:.2f}x the memory."])
+    if quality:
+        out["fp8_quality"] = "\n".join([
+            "| | training loss, mean of the last 100 steps | against the first | validation loss | tokens/s |",
+            "|---|---|---|---|---|",
+            *(f"| {r['name']} | {r['loss']:.4f} | {r['difference']:+.2%} | "
+              + (f"{r['val_loss']:.4f}" if r["val_loss"] else "-") + f" | {r['tokens_per_s']:,.0f} |"
+              for r in quality["runs"]), "",
+            f"{quality['gpu']}, the three at once, {quality['steps']} steps of 32 sequences.", "",
+            "![loss in BF16 and FP8, and their distance](results/fp8_quality.png)"])
+    if small:
+        whole, low8 = small["runs"]
+        out["fp8_tiny"] = (
+            f"The default job, cut to 150 steps: {whole['loss']:.4f} nats per token in FP32 and {low8['loss']:.4f} in "
+            f"FP8 ({small['difference']:+.2%}), training loss of the last 50 steps.")
+    for place, section in {"fp8_kernels": "fp8", "fp8_linears": "fp8", "layer": "layer", "fp8_quality": "fp8_quality",
+                           "fp8_tiny": "fp8_tiny"}.items():
+        out.setdefault(place, f"(Not measured yet: `python bench.py {section}`.)")
+    if p:
+        cell = lambda r: "" if r is None else f"{min(r['measured']):.2f}" + (
+            f" ({min(r['measured']) / r['simulated'] - 1:+.1%})" if "simulated" in r else "")
+        find = lambda name, ranks: next((r for r in p["rows"] if (r["schedule"], r["ranks"]) == (name, ranks)), None)
+        theirs = {"1f1b": "Schedule1F1B", "dualpipev": "ScheduleDualPipeV", "zbv": "ScheduleZBVZeroBubble"}
+        out["pipeline"] = "\n".join([
+            "| schedule | 4 ranks, 10 micro-batches: simulated, s | ours | torch's "
+            "| 8 ranks, 20 micro-batches: simulated | ours | torch's |", "|---|---|---|---|---|---|---|",
+            *(f"| {kind} | " + " | ".join(
+                f"{'%.2f' % r['simulated'] if (r := find(kind, ranks)) else ''} | {cell(r)} | "
+                f"{cell(find(theirs.get(kind), ranks))}" for ranks in (4, 8)) + " |"
+              for kind in (*dualpipe.KINDS, "zbv"))])
+    if o:
+        out["overlap"] = "\n".join([
+            "| exchanges / arithmetic | no exchanges, ms | one after the other | in turns | hidden |",
+            "|---|---|---|---|---|",
+            *(f"| {r['travel_ms'] / o['without_ms']:.2f} | {o['without_ms']:.1f} | {r['one_after_the_other_ms']:.1f} | "
+              f"{r['in_turns_ms']:.1f} | {r['hidden']:.0%} |" for r in sorted(o["rows"], key=lambda r: r["travel_ms"])),
+            "", f"{o['gpu']}, two of {o['shape']}, in each chunk." + (
+                f" In the figure {o['timeline']['under_kernels']:.0%} of the copies lie under kernels."
+                if "timeline" in o else "")])
+    if m := load("moe"):
+        times = lambda r, form: (r[form]["forward_ms"], r[form]["both_ms"])
+        cell = lambda r, form: "{:.2f}, {:.2f}".format(*times(r, form))
+        beside = lambda r, form: f"{cell(r, form)} ({{:.2f}}x, {{:.2f}}x) | {{:.2f}}x".format(
+            *(theirs / ours for theirs, ours in zip(times(r, "compiled"), times(r, form))),
+            r[form]["kept_bytes"] / r["compiled"]["kept_bytes"])
+        out["moe"] = "\n".join([
+            "| tokens, experts, active, dim, inter | torch.compile: forward, both, ms | BF16 | kept | FP8 | kept |",
+            "|---|---|---|---|---|---|",
+            *(f"| {r['name']}: {r['tokens']:,}, {r['experts']}, {r['chosen']}, {r['dim']}, {r['inter']} | "
+              f"{cell(r, 'compiled')} | {beside(r, 'Triton')} | {beside(r, 'Triton, FP8')} |" for r in m["layers"]), "",
+            "| TFLOP/s of the first product alone | F.grouped_mm | BF16 | FP8 | FP8 and quantizing |",
+            "|---|---|---|---|---|",
+            *(f"| {r['name']} | {r['grouped_mm']:.0f} | {r['bf16']:.0f} | {r['fp8']:.0f} | {r['fp8_quantizing']:.0f} |"
+              for r in m["products"]), "", f"{m['gpu']}, {m['torch']}; casting and quantizing the weights included."])
+    if m := load("step"):
+        out["step"] = "\n".join([
+            "| a training step of config/bench_1b.py | tokens/s | peak memory, GB |", "|---|---|---|",
+            *(f"| {'--compile=True' if r['compiled'] else 'eager'} | {r['tokens_per_s']:,.0f} | "
+              f"{r['peak_bytes'] / 1e9:.1f} |" for r in m["runs"]), "",
+            f"{m['gpu']}, {m['runs'][0]['tokens']:,} tokens."])
+    if s:
+        rows = lambda s: "\n".join([
+            "| drafts | of them accepted | tokens per forward pass | time of the drafts / of a plain step | tokens/s | "
+            "the same text |", "|---|---|---|---|---|---|",
+            f"| 0 | | 1 | | {s['plain_tokens_per_s']:,.0f} | |",
+            *(f"| {m['drafts']} | {m['acceptance']:.0%} | {m['tokens_per_forward']:.2f} | "
+              f"{m['draft_over_plain']:.2f} | {m['tokens_per_s']:,.0f} ({m['speedup']:.2f}x) | "
+              f"{m['identical']} of {s['prompts']} |"
+              for m in s["modes"])])
+        out["speculation"] = rows(s)
+        if on_gpu := load("speculation_gpu"):
+            of = on_gpu["config"]
+            out["speculation"] += (f"\n\nThe same on an {on_gpu['gpu']}, {of['n_layers']} layers of {of['dim']} dims, "
+                                   f"trained for {of['steps']} steps:\n\n{rows(on_gpu)}")
+    return out
+
+
+def fill(text):
+    """The README with each marked place filled from the results."""
+    for name, table in tables().items():
+        start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+        head, rest = text.split(start)
+        text = head + start + "\n" + table + "\n" + end + rest.split(end)[1]
+    return text
+
+
+def draw_loads(pyplot):
+    """results/loads.png: both pictures, as shares of the mean load; blue is idle, red is busy."""
+    r = load("loads")
+    layers, steps = len(r["layers"]), torch.tensor(r["shares"])                               # [steps, layers, E]
+    colours = dict(cmap="RdBu_r", vmin=0, vmax=2, aspect="auto", interpolation="nearest")
+    figure, axes = pyplot.subplots(2, layers, figsize=(9, 4.2), squeeze=False, height_ratios=(3, 2),
+                                   layout="constrained")
+    for i, (above, below) in enumerate(axes.T):
+        image = above.imshow(steps[:, i].T, extent=(r["steps"][0], r["steps"][-1], steps.shape[2] - 0.5, -0.5),
+                             **colours)
+        above.set(title=r["layers"][i], xlabel="step", yticks=range(steps.shape[2]))
+        below.imshow([loads[i] for loads in r["kinds"].values()], **colours)
+        below.set(xlabel="expert", xticks=range(steps.shape[2]), yticks=range(len(r["kinds"])),
+                  yticklabels=list(r["kinds"]) if i == 0 else [])
+    axes[0, 0].set_ylabel("expert")
+    figure.colorbar(image, ax=axes, label="load / mean load")
+    figure.savefig(RESULTS / "loads.png", dpi=110)
+
+
+def readme(options):
+    path = HERE / "README.md"
+    write_atomic(path, fill(path.read_text(encoding="utf-8")))
+    print("README.md: filled from results/")
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError("the figure needs matplotlib: pip install -r requirements-extra.txt") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    t = load("tiny")
+    if not t:
+        raise UserError("no results/tiny.json: python bench.py tiny makes it")
+    step, loss, mtp, vio = zip(*t["curve"])
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.2))
+    left.plot(step, loss, label="next token", linewidth=1)
+    left.plot(step, mtp, label="the token after (MTP)", linewidth=1)
+    left.set(xlabel="step", ylabel="nats per token", title="python train.py config/tiny.py: loss")
+    left.legend()
+    right.plot(step, vio, linewidth=1, color="tab:green")
+    right.set(xlabel="step", ylabel="busiest expert / mean - 1", title="load, balanced by the gate bias",
+              ylim=(0, None))
+    figure.tight_layout()
+    figure.savefig(RESULTS / "tiny.png", dpi=110)
+
+    sizes = cache_per_token(configs.load(["configs/v3_671b.py"]))
+    figure, axes = pyplot.subplots(figsize=(6, 1.8))
+    bars = axes.barh(list(sizes), [size / 1e3 for size in sizes.values()])
+    axes.bar_label(bars, [f"{size / 1e3:,.0f} KB" for size in sizes.values()], padding=4)
+    axes.set(title="cache per token, DeepSeek-V3's shape", xscale="log", xlim=(10, 20_000))
+    axes.invert_yaxis()
+    figure.tight_layout()
+    figure.savefig(RESULTS / "cache.png", dpi=110)
+    call(["dualpipe.py", f"--png={RESULTS / 'dualpipe.png'}"], HERE)
+
+    if "timeline" in (o := load("overlap") or {}):
+        figure, axes = pyplot.subplots(figsize=(8, 1.6))
+        for row, (name, color) in enumerate((("kernels", "tab:blue"), ("copies", "tab:orange"))):
+            axes.broken_barh([(start, end - start) for start, end in o["timeline"][name]], (0.6 - row, 0.8),
+                             color=color)
+        axes.set(yticks=[1, 0], yticklabels=["arithmetic", "exchanges"], xlabel="ms",
+                 title="a forward and a backward chunk in turns")
+        figure.tight_layout()
+        figure.savefig(RESULTS / "overlap.png", dpi=110)
+
+    figure, axes = pyplot.subplots(figsize=(6, 3))
+    errors = load("fp8_error")["errors"]
+    for numbers, style in zip(dict.fromkeys(r["numbers"] for r in errors), ("-", "--")):
+        rows = [r for r in errors if r["numbers"] == numbers]
+        for key, color in (("not_promoted", "tab:red"), ("promoted", "tab:blue")):
+            axes.plot([r["K"] for r in rows], [r[key] for r in rows], style, color=color,
+                      label=f"{key.replace('_', ' ')}, {numbers}")
+    axes.set(yscale="log", xlabel="length of the product (K)", ylabel="relative error",
+             title="FP8 products summed in 14 bits")
+    axes.set_xscale("log", base=2)
+    axes.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(RESULTS / "fp8_error.png", dpi=110)
+    if load("loads"):
+        draw_loads(pyplot)
+
+    if quality := load("fp8_quality"):
+        figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.2))
+        curves = {r["name"]: r["curve"] for r in quality["runs"]}
+        for name, curve in curves.items():
+            left.plot(curve, label=name, linewidth=0.7)
+        left.set(xlabel="step", ylabel="nats per token", title="config/gpu.py: training loss")
+        left.legend()
+        smooth = lambda curve: [statistics.mean(curve[i - 50:i]) for i in range(50, len(curve) + 1)]
+        first, *others = (smooth(curve) for curve in curves.values())
+        for name, other in zip(list(curves)[1:], others):
+            right.plot(range(50, 50 + len(first)), [100 * (b / a - 1) for a, b in zip(first, other)], label=name)
+        right.axhspan(-0.25, 0.25, color="0.9")
+        right.set(xlabel="step", ylabel="% above BF16, mean of 50 steps", title="and its distance from BF16")
+        right.legend()
+        figure.tight_layout()
+        figure.savefig(RESULTS / "fp8_quality.png", dpi=110)

@@ -672,7 +672,7 @@ def released(name, tensor, eight):
 
 def save_hf(v3, folder, tokenizer=None, fp8=False):
     """Write config.json and sharded safetensors under the official names, which transformers' from_pretrained reads,
-    and tokenizer.json where its content is given (data.tokenizer_json).
+    and tokenizer.json where its content is given (tokenizer.tokenizer_json).
 
     fp8: the format of the released checkpoint, about a byte per parameter: each official matrix (gate_proj and up_proj
     each for itself) in blocks of its own. Everything goes to a temporary folder first, which is renamed when it is

@@ -41,9 +41,9 @@ import backend
 import configs
 import parallel
 from configs import MACHINE_FIELDS, Config, UserError, param
-from data import load_tokenizer, special
 from experts_few import MAX_TOKENS
 from model import V3, config_from_hf, from_hf, official_tensors
+from tokenizer import load_tokenizer, special
 
 # --- from logits to a token -------------------------------------------------------------------------------------------
 

@@ -31,10 +31,11 @@ import configs
 import parallel
 import ranks
 from configs import MACHINE_FIELDS, UserError
-from data import Data, batch_size_at, special, tokenizer_json
+from data import Data, batch_size_at
 from fp8 import AdamW, AtOnce
 from model import CrossEntropy, arithmetic, config_from_hf, official_tensors
 from moe import max_vio
+from tokenizer import special, tokenizer_json
 
 MAX_SKIPS = 5                                      # non-finite steps in a row before the run gives up
 

@@ -363,6 +363,22 @@ def options(Options, command, argv):
     return Options(**values)
 
 
+def say(text, end="\n"):
+    """A line of progress; of torchrun's many processes only the first speaks."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, end=end, flush=True)
+
+
+def tick(text):
+    """A line that the next one overwrites; nothing where nobody watches."""
+    if sys.stdout.isatty():
+        say(f"{text:60}", end="\r")
+
+
+def one_line(error):
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+
+
 def cli(main):
     """Run main(sys.argv[1:]); a UserError becomes one line and exit code 2."""
     try:

@@ -13,6 +13,7 @@ if not torch.cuda.is_available():
 import backend  # noqa: E402
 from configs import Config  # noqa: E402
 from model import V3  # noqa: E402
+from tokenizer import tokenizer_json  # noqa: E402
 
 GPU = torch.cuda.is_available()
 no_triton = pytest.mark.skipif(not backend.has_triton(), reason="Triton is not installed")
@@ -73,3 +74,8 @@ def gradients(module):
     out = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in module.named_parameters()}
     module.zero_grad()
     return out
+
+
+def save_tokenizer(encoding, path):
+    """A tokenizer.json at `path`, or in it where that is a folder."""
+    (path / "tokenizer.json" if path.is_dir() else path).write_bytes(tokenizer_json(encoding))

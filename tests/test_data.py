@@ -14,10 +14,23 @@ import regex
 import requests
 import tiktoken
 import torch
+from conftest import save_tokenizer
 
 import data
 from configs import Config, UserError
-from data import Data, get_tokenizer, load_tokenizer, save_tokenizer, special
+from data import Data
+from tokenizer import (
+    DEEPSEEK_V3,
+    OURS,
+    PATTERN,
+    SPECIAL,
+    get_tokenizer,
+    last_merge,
+    load_tokenizer,
+    special,
+    tokenizer_json,
+    train_bpe,
+)
 
 SOURCE = Path(data.__file__).read_text(encoding="utf-8")
 # Where pre-tokenizers and their imitations part: runs of blanks before digits and words, scripts that meet, characters
@@ -36,7 +49,7 @@ def cache(tmp_path, monkeypatch):
 
 @functools.cache
 def small_bpe():
-    return data.train_bpe([SOURCE, *TEXTS * 3], 700)
+    return train_bpe([SOURCE, *TEXTS * 3], 700)
 
 
 def folder(path, documents):
@@ -214,7 +227,7 @@ def test_without_a_network_a_named_set_says_so_and_what_else_there_is(name, serv
 
 def obvious_bpe(text, vocab_size):
     """Merges one after the other, each after a count of the whole text."""
-    words = [list(piece.encode()) for piece in regex.findall(data.PATTERN, text)]
+    words = [list(piece.encode()) for piece in regex.findall(PATTERN, text)]
     tokens = [bytes([b]) for b in range(256)]
     while len(tokens) < vocab_size - 4:
         counts = Counter(pair for word in words for pair in zip(word, word[1:]))
@@ -233,24 +246,24 @@ RUNS = " aaaa aaaaaaa aab" * 5
 @pytest.mark.parametrize("text, vocab_size", [(SOURCE[:6000], 400), ("".join(TEXTS) * 3, 300), (RUNS, 266)],
                          ids=["source", "many scripts", "runs"])
 def test_the_fast_trainer_finds_the_merges_of_the_obvious_one(text, vocab_size):
-    encoding = data.train_bpe([text], vocab_size)
+    encoding = train_bpe([text], vocab_size)
     assert encoding.n_vocab == vocab_size
     assert sorted(encoding._mergeable_ranks, key=encoding._mergeable_ranks.get) == obvious_bpe(text, vocab_size)
 
 
 def test_bpe_depends_on_the_text_alone_not_on_the_order_of_the_documents():
     parts = SOURCE[:9000].split("\n\n")
-    there, back = data.train_bpe(parts, 500), data.train_bpe(parts[::-1], 500)
+    there, back = train_bpe(parts, 500), train_bpe(parts[::-1], 500)
     assert data.fingerprint(there) == data.fingerprint(back)
 
 
 def test_the_largest_vocabulary_that_the_message_names_can_be_had():
     with pytest.raises(UserError) as e:
-        data.train_bpe([SOURCE[:3000]], 4096)
+        train_bpe([SOURCE[:3000]], 4096)
     most = int(regex.search(r"--vocab_size=(\d+)", str(e.value))[1])
-    assert data.train_bpe([SOURCE[:3000]], most).n_vocab == most
+    assert train_bpe([SOURCE[:3000]], most).n_vocab == most
     with pytest.raises(UserError, match="--vocab_size=262 "):
-        data.train_bpe([" ab ab cd"], 263)                                              # " a", " ab"; "cd" only once
+        train_bpe([" ab ab cd"], 263)                                              # " a", " ab"; "cd" only once
 
 
 @pytest.mark.parametrize("name", ["bytes", "bpe"])
@@ -265,7 +278,7 @@ def test_any_text_and_any_bytes_come_back(name):
 
 def test_pieces_are_the_ones_that_the_pre_tokenizer_promises():
     text = "def f(self, x):\n        return x.append(12345)\n\n\nclass A:  # é_name\n"
-    assert regex.findall(data.PATTERN, text) == [
+    assert regex.findall(PATTERN, text) == [
         "def", " f", "(self", ",", " x", "):\n       ", " return", " x", ".append", "(", "123", "45", ")\n\n\n",
         "class", " A", ":", " ", " #", " é", "_name", "\n"]
 
@@ -283,7 +296,7 @@ def test_a_tiktoken_encoding_keeps_its_ids_and_gets_our_special_tokens_behind_th
                              special_tokens={"<|endoftext|>": 256, "<|fim_hole|>": 300})
     monkeypatch.setattr(tiktoken, "get_encoding", {"gpt2": base}.get)
     encoding = get_tokenizer("gpt2")
-    assert [special(encoding, name) for name in data.SPECIAL] == [301, 302, 300, 303] and encoding.n_vocab == 304
+    assert [special(encoding, name) for name in SPECIAL] == [301, 302, 300, 303] and encoding.n_vocab == 304
     assert encoding.encode_ordinary("hello") == base.encode_ordinary("hello")
 
 
@@ -298,12 +311,12 @@ def test_a_tiktoken_encoding_that_cannot_be_downloaded_is_one_line(monkeypatch):
 
 # --- tokenizer.json ---------------------------------------------------------------------------------------------------
 
-def deepseek_file(encoding, stages=data.DEEPSEEK_V3, use_regex=False, merge_text=True):
+def deepseek_file(encoding, stages=DEEPSEEK_V3, use_regex=False, merge_text=True):
     """A tokenizer.json as DeepSeek-V3's is made: three special tokens first, others last, several Splits in turn."""
-    file = json.loads(data.tokenizer_json(encoding))
+    file = json.loads(tokenizer_json(encoding))
     first, last = ["<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"], \
                   ["<｜fim▁hole｜>", "<｜fim▁begin｜>", "<｜fim▁end｜>"]
-    ordinary = [t for t in file["model"]["vocab"] if t not in data.OURS]
+    ordinary = [t for t in file["model"]["vocab"] if t not in OURS]
     ids = {t: i for i, t in enumerate(first + ordinary + last)}
     file["added_tokens"] = [{**file["added_tokens"][0], "content": t, "id": ids[t]} for t in first + last]
     file["normalizer"] = {"type": "Sequence", "normalizers": []}
@@ -319,10 +332,10 @@ def real_line_breaks(stages):
     return [s.replace(r"\r", "\r").replace(r"\n", "\n") for s in stages]
 
 
-FILES = {"ours": lambda e: json.loads(data.tokenizer_json(e)),
-         "bytes": lambda e: json.loads(data.tokenizer_json(get_tokenizer("bytes"))),
+FILES = {"ours": lambda e: json.loads(tokenizer_json(e)),
+         "bytes": lambda e: json.loads(tokenizer_json(get_tokenizer("bytes"))),
          "DeepSeek-V3": deepseek_file,
-         "DeepSeek-V3, respelt": lambda e: deepseek_file(e, real_line_breaks(data.DEEPSEEK_V3), merge_text=False),
+         "DeepSeek-V3, respelt": lambda e: deepseek_file(e, real_line_breaks(DEEPSEEK_V3), merge_text=False),
          "GPT-2": lambda e: deepseek_file(e, [], use_regex=True)}
 
 
@@ -343,7 +356,7 @@ def test_what_was_trained_and_what_is_loaded_again_are_the_same_encoding(tmp_pat
 
 def test_a_token_that_no_merge_makes_is_written_without_one():
     ranks = {**{bytes([b]): b for b in range(256)}, b"abcd": 256, b"ab": 257, b"cd": 258, b"abc": 259}
-    assert [data.last_merge(token, ranks) for token in (b"abcd", b"ab", b"abc")] == [None, [b"a", b"b"], [b"ab", b"c"]]
+    assert [last_merge(token, ranks) for token in (b"abcd", b"ab", b"abc")] == [None, [b"a", b"b"], [b"ab", b"c"]]
 
 
 def test_deepseeks_special_tokens_are_known_by_their_names(tmp_path):
@@ -359,7 +372,7 @@ def test_hugging_faces_tokenizers_gives_the_same_ids(kind, tmp_path):
     tokenizers = pytest.importorskip("tokenizers", reason="pip install -r requirements-extra.txt")
     chance = random.Random(0)
     texts = [*TEXTS, SOURCE, *("".join(chance.choices(TRICKY, k=chance.randrange(1, 40))) for _ in range(1000))]
-    encoding = data.train_bpe([SOURCE, *texts[len(TEXTS) + 1:]], 1500)                  # merges across the odd places
+    encoding = train_bpe([SOURCE, *texts[len(TEXTS) + 1:]], 1500)                  # merges across the odd places
     folder(tmp_path, {"theirs.json": json.dumps(FILES[kind](encoding))})
     ours = load_tokenizer(tmp_path / "theirs.json")
     save_tokenizer(ours, tmp_path / "ours.json")
@@ -390,7 +403,7 @@ def first_split(file):
 
 @pytest.mark.parametrize("defect", BROKEN)
 def test_a_tokenizer_file_that_would_give_other_ids_is_refused(defect, tmp_path):
-    file = json.loads(data.tokenizer_json(small_bpe()))
+    file = json.loads(tokenizer_json(small_bpe()))
     BROKEN[defect][0](file)
     folder(tmp_path, {"t.json": "{" if defect == "not JSON" else json.dumps(file)})
     with pytest.raises(UserError) as e:

@@ -22,7 +22,6 @@ from conftest import agree
 from safetensors.torch import load_file
 
 import configs
-import data
 import model
 import moe
 import parallel
@@ -30,6 +29,7 @@ import sample
 import train
 from configs import Config, UserError
 from model import V3, official_tensors
+from tokenizer import tokenizer_json
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="processes are forked, which Windows can't")
 ROOT = Path(__file__).resolve().parent.parent
@@ -216,7 +216,7 @@ def test_what_one_layout_has_saved_another_continues(before, after, whole, ran, 
 def test_a_sharded_run_is_sampled_evaluated_and_exported_as_any_other(whole, ran, tmp_path):
     v3, tokenizer, _ = sample.load(str(ran("pp2 x dp2")))
     same_v3 = sample.load(str(whole))[0]
-    model.save_hf(v3, tmp_path / "hf", data.tokenizer_json(tokenizer))
+    model.save_hf(v3, tmp_path / "hf", tokenizer_json(tokenizer))
     for name, tensor in official_tensors(model.from_hf(tmp_path / "hf")).items():
         agree(tensor, official_tensors(same_v3)[name], 1e-5, name, least=1e-6)
 

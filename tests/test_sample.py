@@ -8,20 +8,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import GROUPS, YARN, build, lively, random_tokens, tiny
+from conftest import GROUPS, YARN, build, lively, random_tokens, save_tokenizer, tiny
 
 import backend
 import configs
-import data
 import mla
 import parallel
 import sample
 from configs import Config, UserError
 from model import V3, arithmetic, official_tensors, save_hf
+from tokenizer import get_tokenizer, special, tokenizer_json
 
 ROOT = Path(__file__).resolve().parent.parent
-BYTES = data.get_tokenizer("bytes")                                                     # 256 bytes and 4 special tokens
-EOS = data.special(BYTES, "eos")
+BYTES = get_tokenizer("bytes")                                                     # 256 bytes and 4 special tokens
+EOS = special(BYTES, "eos")
 
 
 def prompts_of(*lengths):
@@ -38,7 +38,7 @@ def save_run(out_dir, step=7, more=None, state=None, **changes):
     v3 = lively(V3(config)).eval()
     parallel.save_checkpoint(out_dir, step, {**official_tensors(v3), **(more or {})},
                              {"config": {**dataclasses.asdict(config), **(state or {})}, "data": {}},
-                             data.tokenizer_json(BYTES).decode())
+                             tokenizer_json(BYTES).decode())
     return v3
 
 
@@ -190,7 +190,7 @@ def test_a_prompt_starts_a_document_and_special_tokens_in_it_are_plain_text():
 
 
 def test_filling_in_the_middle_puts_prefix_and_suffix_in_the_order_of_training():
-    begin, hole, end = (data.special(BYTES, f"fim_{part}") for part in ("begin", "hole", "end"))
+    begin, hole, end = (special(BYTES, f"fim_{part}") for part in ("begin", "hole", "end"))
     assert sample.encode(BYTES, "ab", "c") == [EOS, begin, 97, 98, hole, 99, end]
     plain = type(BYTES)("t", pat_str=BYTES._pat_str, mergeable_ranks=BYTES._mergeable_ranks, special_tokens={})
     with pytest.raises(UserError, match="--suffix"):
@@ -205,7 +205,7 @@ def test_load_gives_the_model_of_a_run_of_one_checkpoint_and_of_a_hugging_face_f
     save_run(tmp_path / "run", 3, seed=1)
     v3 = save_run(tmp_path / "run", 5, seed=2)
     save_hf(v3, tmp_path / "hf")
-    data.save_tokenizer(BYTES, tmp_path / "hf")
+    save_tokenizer(BYTES, tmp_path / "hf")
     for folder, step in (("run", "5 of"), ("run/step_00000005", "5 of"), ("run/step_00000003", "3 of"), ("hf", "hf")):
         found, tokenizer, what = sample.load(tmp_path / folder, "cpu")
         same = all(torch.equal(t, found.state_dict()[name]) for name, t in v3.state_dict().items())
@@ -353,7 +353,7 @@ def test_a_folder_without_its_tokenizer_or_with_anothers_is_refused(tmp_path, co
     v3 = V3(tiny(vocab_size=250))
     save_hf(v3, tmp_path / "hf")
     assert "no tokenizer.json there" in command(f"--out_dir={tmp_path / 'hf'}")[2]
-    data.save_tokenizer(BYTES, tmp_path / "hf")
+    save_tokenizer(BYTES, tmp_path / "hf")
     code, _, err = command(f"--out_dir={tmp_path / 'hf'}")
     assert code == 2 and "260 tokens, the model only 250" in err
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import agree
+from conftest import agree, save_tokenizer
 from safetensors.torch import load_file
 
 import configs
@@ -26,6 +26,7 @@ import train
 from configs import Config, UserError
 from data import Data
 from model import V3, official_tensors, save_hf
+from tokenizer import get_tokenizer, load_tokenizer
 from train import bias_update_speed, learning_rate, mtp_weight
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -341,7 +342,7 @@ def test_a_checkpoint_holds_config_data_tokenizer_weights_moments_averages_and_b
     weights = {name for name in official if not name.endswith("_bias")}
     assert tensors(whole).keys() == official.keys() | {f"{kind}/{name}" for kind in ("exp_avg", "exp_avg_sq", "ema")
                                                        for name in weights}
-    assert data.load_tokenizer(folder).n_vocab == 260
+    assert load_tokenizer(folder).n_vocab == 260
     assert [path.name for path in parallel.checkpoints(whole)] == ["step_00000014", "step_00000016"]
 
 
@@ -406,9 +407,9 @@ def test_eval_only_prints_what_the_runs_last_evaluation_printed(tmp_path, capsys
 
 def test_eval_only_takes_a_folder_whose_tokenizer_knows_no_filling_in(tmp_path, capsys):
     save_hf(V3(config()), tmp_path / "hf")
-    plain = data.get_tokenizer("bytes")
+    plain = get_tokenizer("bytes")
     specials = {"<|endoftext|>": 256}
-    data.save_tokenizer(type(plain)("t", pat_str=plain._pat_str, mergeable_ranks=plain._mergeable_ranks,
+    save_tokenizer(type(plain)("t", pat_str=plain._pat_str, mergeable_ranks=plain._mergeable_ranks,
                                     special_tokens=specials), tmp_path / "hf")
     assert "--fim_rate=0" in refused(tmp_path / "run", eval_only=tmp_path / "hf")
     assert go(tmp_path / "run", eval_only=tmp_path / "hf", fim_rate=0) == 0
@@ -420,7 +421,7 @@ def test_init_from_starts_at_the_loss_of_the_folder_and_can_be_resumed(whole, tm
     v3 = V3(c)
     parallel.load_checkpoint(parallel.latest(whole), official_tensors(v3))
     save_hf(v3, tmp_path / "hf")
-    data.save_tokenizer(data.get_tokenizer("bytes"), tmp_path / "hf")
+    save_tokenizer(get_tokenizer("bytes"), tmp_path / "hf")
     expected = v3.loss(Data(c).batch(0))[1]
     assert expected["loss"] < 4
     Path("small.py").rename("kept.py")

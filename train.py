@@ -382,6 +382,7 @@ def run(c, device, mesh, newest, command):
     elif not pipe:
         for p in modules[0].parameters():
             p.queue = AtOnce()                                     # later micro-batches add to .grad inside the product
+            p.register_post_accumulate_grad_hook(shares.arrived)
 
     peak = backend.peak_flops(device, c.precision)
     tokenizer = tokenizer_json(data.tokenizer).decode()
@@ -410,6 +411,7 @@ def run(c, device, mesh, newest, command):
                 group["lr"] = learning_rate(c, step)
             batch = data.batch(step, mesh.dp_rank, mesh.dp).to(device)                # [size / dp, T+1+n_mtp]
             totals = [size * c.seq_len] * counts, size
+            shares.expect(math.ceil(len(batch) / c.micro_batch_size))
             parts = {"loss": 0.0, "mtp_loss": 0.0, "balance_loss": 0.0}
             if pipe:
                 parts = ranks.pipelined(c, pipe, batch, totals, mtp_weight(c, step))
@@ -433,6 +435,7 @@ def run(c, device, mesh, newest, command):
                     gate.update_bias(bias_update_speed(c, step))
                 for name, average in ema.items():
                     average.lerp_(shares.owned[name].detach().cpu(), 1 - c.ema_decay)
+                shares.receive_updated()
             else:
                 skipped += 1
                 print(f"step {step + 1}: loss {parts['loss']} or gradient norm {norm} is not finite; step skipped "

@@ -193,19 +193,19 @@ def linear_torch(x, weight, dtype=None):
 
 
 class Product(torch.autograd.Function):
-    """linear_torch, with a Wgrad that can be put off. x is kept in its own dtype, whichever that of the product is."""
+    """linear_torch, with a Wgrad that can be put off. Kept are x and the weight themselves, whichever dtype the product
+    has: a copy would wait with every micro-batch that a pipeline has under way."""
 
     @staticmethod
     def forward(ctx, x, weight, dtype=None):
-        w = weight.to(dtype or x.dtype)
-        ctx.save_for_backward(x, w)
+        ctx.save_for_backward(x, weight)
         ctx.weight = weight                                              # the parameter itself: the queue hangs on it
-        return F.linear(x.to(w.dtype), w)
+        return linear_torch(x, weight, dtype)
 
     @staticmethod
     def backward(ctx, dy):
         (x, w), weight = ctx.saved_tensors, ctx.weight
-        dx = (dy @ w).to(x.dtype) if ctx.needs_input_grad[0] else None
+        dx = (dy @ w.to(dy.dtype)).to(x.dtype) if ctx.needs_input_grad[0] else None
         wgrad = lambda: (dy.flatten(0, -2).t() @ x.flatten(0, -2).to(dy.dtype)).to(weight.dtype)
         return dx, weight_gradient(weight, wgrad) if ctx.needs_input_grad[1] else None, None
 

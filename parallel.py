@@ -446,7 +446,7 @@ class Shares:
         for bucket in self.buckets:
             bucket.work.wait()
             if any(p.grad is not None for p in bucket.params):
-                raise RuntimeError("a gradient came after the sum of its bucket had started: `expect` was told of fewer")
+                raise RuntimeError("a gradient came after its bucket's sum had set off: `expect` was told of fewer")
             if bucket.mine or not self.zero1:
                 for p, grad in zip(bucket.params, bucket.apart(bucket.flat.to(bucket.params[0].dtype))):
                     p.grad = grad

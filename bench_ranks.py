@@ -16,6 +16,7 @@ import parallel
 import ranks
 import train
 from configs import Config, UserError
+from dualpipe import DualPipe
 from fp8 import AtOnce
 from measure import Allocated, record
 
@@ -62,8 +63,8 @@ def held_by(c, mesh, device):
     def step(look):
         """Forward and backward of this rank's part of a batch; look() wherever a forward pass has ended."""
         if pipe:
-            def forward(*what, run=type(pipe).forward):
-                yield from run(pipe, *what)
+            def forward(*what):
+                yield from DualPipe.forward(pipe, *what)
                 look()
             pipe.forward = forward
             return ranks.pipelined(c, pipe, tokens, totals, c.mtp_weight)

@@ -16,6 +16,7 @@ part by part in `kept`. tests/test_cluster.py holds both against what training a
 
 DeepSeek-V3 itself: python train.py configs/v3_671b.py --plan --world=2048
 """
+import math
 from dataclasses import dataclass, replace
 from math import comb, prod
 
@@ -32,7 +33,7 @@ from moe import FFN
 @dataclass
 class Cluster:
     """The machines: by default V3's, H800s, and what products reach on them."""
-    per_node: int = 8                         # GPUs of a machine, where nobody says otherwise
+    per_node: int = 8                         # GPUs, where the command line doesn't say (--nodes)
     flops: float = 600e12                     # of one GPU, a second: in BF16 ...
     fp8_flops: float = 820e12                 # ... and with FP8 products, 37% more
     between: float = 50e9                     # bytes a second of a GPU to other nodes (InfiniBand) ...
@@ -57,6 +58,11 @@ def copies(c, nodes, here):
 def pipeline(c, mesh):
     """The schedule's name: without a pipeline that of 1F1B with one rank, where a backward follows each forward."""
     return c.pipeline if mesh.pp > 1 else "1f1b"
+
+
+def whole_micro_batches(c, mesh):
+    """The Config with micro-batches no larger than a rank's part of a batch."""
+    return c.replace(micro_batch_size=min(c.micro_batch_size, max(1, c.batch_size // mesh.dp)))
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------
@@ -131,14 +137,19 @@ def memory(c, mesh, kernels, a=None):
     """What the ranks that stand where `mesh` does in a pipeline hold, the fullest of them: a dict of bytes: "weights"
     (FP32), "copies" (of them, in FP8 or BF16), "gradients", "moments", "activations" (of all chunks that are under way
     at once), "passing" (there for a moment, see `chunk`), "most" (all that may be there at once) and "average" (on the
-    CPU); besides "parameters", how many it holds, and "owned", how many all of these ranks own, each parameter once.
-    a: arithmetic(c), where it is known. UserError where there is no such pipeline."""
-    mesh = replace(mesh, rank=mesh.pp_rank * mesh.dp)                                  # the first of them
+    CPU). "between" and "inside": what it sends in a step to other machines and inside its own for the sums of gradients
+    and the new weights, each at most once for every parameter that others hold too. Besides "parameters", how many it
+    holds, and "owned", how many all of these ranks own, each parameter once. a: arithmetic(c), where it is known.
+    UserError where there is no such pipeline."""
+    mesh, c = replace(mesh, rank=mesh.pp_rank * mesh.dp), whole_micro_batches(c, mesh)         # the first of them
     with torch.device("meta"):
         modules = ranks.parts(c, mesh, initialize=False, a=a)
-    held, sharers, owned = ranks.held(c, mesh, modules), mesh.sharers(), [0] * mesh.dp
-    for kind, those in sharers.items():
+    held, owned, sent = ranks.held(c, mesh, modules), [0] * mesh.dp, {"between": 0, "inside": 0}
+    for kind, those in mesh.sharers().items():
         sizes, step = {name: p.numel() for name, (p, k) in held.items() if k == kind}, mesh.ep if kind[0] else 1
+        machines = {rank // (mesh.world // mesh.nodes) for rank in those}
+        each = (2 if c.grad_sum == "bf16" else 4) + 4 if len(those) > 1 else 0
+        sent["between" if len(machines) > 1 else "inside"] += each * sum(sizes.values())
         load = [0] * len(those)
         for name, owner in parallel.owners(sizes, len(those)).items():
             load[owner] += sizes[name]
@@ -152,7 +163,7 @@ def memory(c, mesh, kernels, a=None):
     if kernels and c.precision == "bf16":
         copies = 2 * sum(p.numel() for p, (experts, _) in held.values() if experts)
     sizes, passing = zip(*(chunk(c, mesh, module, kernels) for module in modules))
-    micro_batches = -(-c.batch_size // (mesh.dp * c.micro_batch_size))
+    micro_batches = math.ceil(c.batch_size / (mesh.dp * c.micro_batch_size))
     under_way = activations = 0
     for step in dualpipe.schedule(pipeline(c, mesh), mesh.pp, mesh.pp_rank, micro_batches):
         for part, dir, _ in reversed(step.parts):                                      # a pair begins with its backward
@@ -164,22 +175,8 @@ def memory(c, mesh, kernels, a=None):
     # The gradients of a single micro-batch come as its activations go.
     once = max(out["gradients"], activations) if micro_batches == 1 else out["gradients"] + activations
     out |= {"most": sum(out[what] for what in ("weights", "copies", "moments", "passing")) + once,
-            "average": 4 * max(owned) if c.ema_decay else 0, "parameters": here, "owned": sum(owned)}
+            "average": 4 * max(owned) if c.ema_decay else 0, "parameters": here, "owned": sum(owned), **sent}
     return {what: round(n) for what, n in out.items()}
-
-
-def sums(c, mesh, a=None):
-    """{"between", "inside"}: bytes that such a rank sends in a step, to other machines and inside its own, for the sums
-    of gradients and the new weights: each at most once for every parameter that other ranks hold too."""
-    mesh, out = replace(mesh, rank=mesh.pp_rank * mesh.dp), {"between": 0, "inside": 0}
-    with torch.device("meta"):
-        held = ranks.held(c, mesh, ranks.parts(c, mesh, initialize=False, a=a))
-    for kind, those in mesh.sharers().items():
-        machines = {rank // (mesh.world // mesh.nodes) for rank in those}
-        each = (2 if c.grad_sum == "bf16" else 4) + 4 if len(those) > 1 else 0
-        out["between" if len(machines) > 1 else "inside"] += each * sum(
-            p.numel() for p, k in held.values() if k == kind)
-    return out
 
 
 # --- time -------------------------------------------------------------------------------------------------------------
@@ -196,13 +193,14 @@ def plan(c, mesh, cluster=None, a=None):
     such pipeline. a: arithmetic(c), where it is known.
     """
     cluster, a, kind, pp, dp = cluster or Cluster(), a or arithmetic(c), pipeline(c, mesh), mesh.pp, mesh.dp
+    c = whole_micro_batches(c, mesh)
     fp8, tokens, high = c.precision.startswith("fp8"), c.micro_batch_size * c.seq_len, 4 if c.precision == "fp32" else 2
     count, _ = dualpipe.layout(kind, pp, 0)
     mine = [dualpipe.layout(kind, pp, rank)[1] for rank in range(pp)]
     M, rest = divmod(c.batch_size, c.micro_batch_size * dp)
     if rest:
         raise UserError(f"--micro_batch_size={c.micro_batch_size}: does not divide the {c.batch_size / dp:g} sequences "
-                        f"of {'a pipeline' if pp > 1 else 'a rank'}")
+                        f"that {'a pipeline' if pp > 1 else 'a rank'} gets of --batch_size={c.batch_size}")
     dualpipe.check(kind, pp, M)
 
     # Arithmetic: a chunk's, on the busiest rank, and that of a layer of experts by itself.
@@ -252,11 +250,11 @@ def plan(c, mesh, cluster=None, a=None):
                     f"{on:.2f} its GPU; dispatch in {what}"),
         ("a layer", f"forward: attention {ms(attention)}, experts {ms(experts)}, dispatch {ms(dispatch)}, combine "
                     f"{ms(combine)}; backward: {ms(wide)} for each of the two"),
-        ("a step", f"{c.batch_size:,} sequences, {M} micro-batches a {'pipeline' if pp > 1 else 'rank'}: {step:.2f} s, "
-                   f"bubble {numbers['bubble']:.1%}; exchanges {hidden:.2f} s hidden, {numbers['exposed']:.2f} s "
+        ("a step", f"{c.batch_size:,} sequences, {M} micro-batches a {'pipeline' if pp > 1 else 'rank'}: {step:.3g} s, "
+                   f"bubble {numbers['bubble']:.1%}; exchanges {hidden:.3g} s hidden, {numbers['exposed']:.3g} s "
                    f"exposed"),
         ("speed", f"{per_gpu:,.0f} tokens/s a GPU, {per_gpu * a['flops'] / 1e12:,.0f} TFLOP/s of the model's own; "
-                  f"{1e12 / per_gpu / 3.6e6:,.0f}K GPU hours per 1T tokens, without optimizer, data and faults"),
+                  f"{1e12 / per_gpu / 3.6e6:,.1f}K GPU hours per 1T tokens, without optimizer, data and faults"),
     ]
     if pp > 1:
         rows[2:2] = [("stages", f"of {' '.join(str(stop - start) for start, stop in zip(cuts, cuts[1:]))} layers, the "
@@ -275,42 +273,41 @@ def plan(c, mesh, cluster=None, a=None):
 
 # --- what --plan prints -----------------------------------------------------------------------------------------------
 
-def fullest(c, mesh, a=None):
-    """(memory of each rank of a pipeline, that of the rank which holds most)."""
-    kernels = c.precision != "fp32"
-    each = [memory(c, place, kernels, a) for place in places(mesh)]
-    return each, max(each, key=lambda m: m["most"])
+def stages(c, mesh, a=None):
+    """[memory of the ranks at each place of a pipeline], on the kernels of a Hopper GPU if the precision is theirs."""
+    return [memory(c, place, c.precision != "fp32", a) for place in places(mesh)]
+
+
+def fullest(*args):
+    return max(stages(*args), key=lambda m: m["most"])
 
 
 def techniques(c, mesh, a):
     """{what saves memory in this Config: `memory` of the fullest rank without it}."""
-    def without(on, mesh=mesh, **changes):
-        return fullest(c.replace(**changes), mesh, a)[1] if on else None
-
-    found = {"expert parallelism": without(mesh.ep > 1, replace(mesh, ep=1, ep_nodes=1)),
-             "ZeRO-1": without(c.zero1 and mesh.world > mesh.pp, zero1=False),
-             "BF16 moments": without(c.moments == "bf16", moments="fp32"),
-             "FP8": without(c.precision.startswith("fp8"), precision="bf16"),
-             "recomputing": without(c.recompute or c.recompute_mla, recompute=False, recompute_mla=False),
-             "one copy of each stage (DualPipeV)": without(mesh.pp > 1 and c.pipeline == "dualpipev",
-                                                           pipeline="dualpipe")}
-    found = {name: m for name, m in found.items() if m}
+    without = {
+        "expert parallelism": mesh.ep > 1 and (c, replace(mesh, ep=1, ep_nodes=1), a),
+        "ZeRO-1": c.zero1 and mesh.world > mesh.pp and (c.replace(zero1=False), mesh, a),
+        "BF16 moments": c.moments == "bf16" and (c.replace(moments="fp32"), mesh, a),
+        "FP8": c.precision.startswith("fp8") and (c.replace(precision="bf16"), mesh, a),
+        "recomputing": (c.recompute or c.recompute_mla) and (c.replace(recompute=False, recompute_mla=False), mesh, a),
+        "one copy of each stage": mesh.pp > 1 and c.pipeline == "dualpipev" and (c.replace(pipeline="dualpipe"), mesh,
+                                                                               a)}
+    found = {name: fullest(*args) for name, args in without.items() if args}
     if c.ema_decay:
-        m = fullest(c, mesh, a)[1]
+        m = fullest(c, mesh, a)
         found["the average on the CPU"] = {**m, "most": m["most"] + m["average"]}
     return found
 
 
-def who(c, mesh, a):
-    """[which layers the rank holds] of each rank of a pipeline."""
+def layers(c, mesh, a):
+    """[which layers the ranks hold] at each place of a pipeline, of both directions."""
     count, _ = dualpipe.layout(pipeline(c, mesh), mesh.pp, 0)
     cuts = balanced(c, count, a)
 
     def stage(s):
         first, last = cuts[s], cuts[s + 1] - 1
-        own = ["embedding"] * (s == 0) + [f"{first}" + f"-{last}" * (last > first)] * (last >= first) \
-            + ["head"] * (s == count - 1) + ["MTP"] * (s == count - 1 and c.n_mtp > 0)
-        return ", ".join(own)
+        return ", ".join(["embedding"] * (s == 0) + [f"{first}-{last}" if last > first else f"{last}"] * (last >= first)
+                         + ["head"] * (s == count - 1) + ["MTP"] * (s == count - 1 and c.n_mtp > 0))
     return [" | ".join(map(stage, dualpipe.layout(pipeline(c, mesh), mesh.pp, rank)[1])) for rank in range(mesh.pp)]
 
 
@@ -319,37 +316,34 @@ COLUMNS = {"weights": "weights", "copies": "copies", "gradients": "gradients", "
 
 
 def report(c, mesh, train_tokens, a):
-    """What --plan prints of a layout: speed, cost of train_tokens, what each rank holds, with and without each
-    technique, and sends."""
+    """What --plan prints of a layout: speed, cost of train_tokens, and what each rank sends and holds, with and without
+    each technique."""
     numbers, rows = plan(c, mesh, a=a)
-    each, top = fullest(c, mesh, a)
-    total, GB = sum(m["owned"] for m in each), lambda n: f"{n / 1e9:.1f} GB"
-    travels = [sums(c, place, a) for place in places(mesh)]
-    between, inside = (max(t[way] for t in travels) for way in ("between", "inside"))
-    hours = train_tokens / numbers["tokens_per_s"] / 3600
+    held, hours = stages(c, mesh, a), train_tokens / numbers["tokens_per_s"] / 3600
+    top, most = max(held, key=lambda m: m["most"]), {what: max(m[what] for m in held) for what in held[0]}
+    size, unit = (1e9, "GB") if top["most"] > 1e10 else (1e6, "MB")
+    GB = lambda n: f"{n / size:,.1f} {unit}"
     rows += [
         ("a GPU sends", f"in a step: for its experts {GB(numbers['between'])} to other nodes and "
-                        f"{GB(numbers['inside'])} inside its own; from stage to stage {GB(numbers['passed'])}; of "
-                        f"gradients and new weights at most {GB(between)} between and {GB(inside)} inside nodes"),
-        ("cost", f"{train_tokens / 1e12:.3f}T tokens: {hours / 1e3:,.0f}K GPU hours, ${2 * hours / 1e6:.2f}M at $2 an "
-                 f"hour"),
-        ("V3's own", "2,664K hours for 14.8T tokens, $5.33M, all that this leaves out included; with 119K for long "
-                     "contexts and 5K for post-training 2,788K hours, $5.576M (section 1)"),
-        ("all ranks", f"own {total / 1e9:.3f}B parameters, each once"),
+                        f"{GB(numbers['inside'])} inside its own; from stage to stage {GB(numbers['passed'])}; for "
+                        f"gradients and new weights at most {GB(most['between'])} between and {GB(most['inside'])} "
+                        f"inside nodes"),
+        ("cost", f"{train_tokens / 1e9:,.1f}B tokens: {hours:,.1f} GPU hours, ${2 * hours:,.1f} at $2 an hour"),
+        ("V3's own", "14.8T tokens 2,664K hours, long contexts 119K, post-training 5K: 2,788K hours, $5.576M, with all "
+                     "that this leaves out (section 1)"),
+        ("all ranks", f"own {sum(m['owned'] for m in held) / 1e9:.3f}B parameters, each once"),
         ("fits 80 GB", f"{'yes' if top['most'] < 80e9 else 'no'}: {GB(top['most'])} on the fullest GPU, of them "
                        f"{GB(top['activations'])} of activations; other workspace not counted"),
     ]
-    out = [f"  {what:13} {text}" for what, text in rows]
-    wide = max(map(len, [*(held := who(c, mesh, a)), *(missing := techniques(c, mesh, a)), "holds"])) + 8
-    line = lambda name, m: f"  {name:{wide}} {m['parameters'] / 1e9:9.3f}B" + "".join(
-        f"{m[what] / 1e9:13.1f}" for what in COLUMNS)
-    out += ["", f"  {'GB of the ranks of a pipeline' if mesh.pp > 1 else 'GB of a rank':{wide}} {'parameters':>10}"
-                + "".join(f"{name:>13}" for name in COLUMNS.values()),
-            *(line(f"{f'rank {rank}: ' if mesh.pp > 1 else ''}{layers}", m)
-              for rank, (layers, m) in enumerate(zip(held, each))),
-            "  the fullest of them, without", *(line("  " + name, m) for name, m in missing.items()),
-            "", "  Weights are FP32, copies of them FP8 or BF16; moments are those of the parameters that the fullest "
-                "rank owns.", "  Activations: what the chunks under way leave for backward on a Hopper GPU's kernels. "
-                "Passing: a layer made", "  again, or the logits of some rows. Averages, on the CPU: at most "
-            f"{GB(max(m['average'] for m in each))} a rank."]
-    return "\n".join(out)
+    names = [f"rank {rank}: {own}" if mesh.pp > 1 else own for rank, own in enumerate(layers(c, mesh, a))]
+    without = {f"  without {name}": m for name, m in techniques(c, mesh, a).items()}
+    wide = 3 + max(map(len, (*names, *without)))
+    table = [f"  {unit + ' of a rank' + ' of the pipeline' * (mesh.pp > 1):{wide}}{'parameters':>10}"
+             + "".join(f"{column:>13}" for column in COLUMNS.values())]
+    table += [f"  {name:{wide}}{m['parameters'] / 1e9:9.3f}B" + "".join(f"{m[what] / size:13,.1f}" for what in COLUMNS)
+              for name, m in (*zip(names, held), *without.items())]
+    return "\n".join([*(f"  {what:13} {text}" for what, text in rows), "", *table, f"""
+  Of the ranks at each place in the pipeline the fullest; without a technique, the fullest of all. Weights and
+  gradients are FP32, copies of weights FP8, or the experts' BF16; moments are those of the parameters that a rank
+  owns. Activations are what the chunks under way leave for backward on a Hopper GPU's kernels. Passing: a layer
+  made again in backward, some rows' logits, the head's gradient. On the CPU: {GB(most['average'])} of averages."""])

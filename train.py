@@ -259,7 +259,8 @@ def main(argv, mesh=None):
         raise UserError("give a config first: python train.py config/tiny.py [--key=value ...]; --help lists the keys")
     c = model_config(configs.load(argv), argv)
     if c.plan and c.world:
-        mesh = parallel.Mesh(world=c.world, nodes=max(1, c.world // 8) if c.world % 8 == 0 else 1)      # 8 a machine
+        each = cluster.Cluster.per_node
+        mesh = parallel.Mesh(world=c.world, nodes=c.world // each if c.world % each == 0 else 1)
     mesh = (mesh or parallel.Mesh()).arrange(c, {batch_size_at(c, step) for step in range(c.batch_ramp + 1)})
     device = mesh.device(backend.device(c.device))
     backend.keep_freed_memory()

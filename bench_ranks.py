@@ -48,6 +48,7 @@ LAYOUTS = {
     "dp2, ZeRO-1": (2, {}),
     "ep2, ZeRO-1": (2, dict(ep=2)),
     "pp2, 1F1B": (2, dict(pp=2, pipeline="1f1b")),
+    "pp2, ZB1P": (2, dict(pp=2, pipeline="zb1p")),
     "pp2, DualPipe, ZeRO-1": (2, dict(pp=2)),
     "pp2 (DualPipeV) x ep2, FP8, all of it": (4, dict(pp=2, ep=2, pipeline="dualpipev", precision="fp8_reference",
                                                       moments="bf16", recompute_mla=True, ema_decay=0.9))}

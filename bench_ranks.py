@@ -131,13 +131,15 @@ def on_ranks(c, world, seconds=120):
 
 
 def against_plan(name, world, changes):
-    """{layout, ranks, and for each thing the bytes of the fullest rank of all, measured and planned}."""
+    """{layout, ranks, and for each place in the pipeline and each thing the bytes, measured and planned: of the fullest
+    of its ranks, and of activations, which are planned for balanced experts, the mean of its ranks}."""
     c = SMALL.replace(**changes)
     mesh = parallel.Mesh(world=world).arrange(c, [c.batch_size])
     found, rows = on_ranks(c, world), []
-    for place in cluster.places(mesh):                         # what the fullest of each stage's ranks hold
+    for place in cluster.places(mesh):
         here, plan = found[place.rank:place.rank + mesh.dp], cluster.memory(c, place, False)
-        rows.append({what: [max(f[what] for f in here), plan[what]] for what in here[0]})
+        of = {what: statistics.mean if what == "activations" else max for what in here[0]}
+        rows.append({what: [of[what](f[what] for f in here), plan[what]] for what in of})
     return {"layout": name, "processes": world, "changes": changes, "rows": rows}
 
 

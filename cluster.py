@@ -117,9 +117,8 @@ def chunk(c, mesh, module, kernels):
     cut, last, total, again, passing = mesh.pp > 1, hasattr(module, "head"), 0, 0, 0
     layers = module.layers.values() if cut else module.layers
     norm = (high if kernels else 4) * c.dim + 4
-    for block in (*layers, *(m.block for m in module.mtp)):
-        in_mtp = not any(block is layer for layer in layers)
-        left, remade = kept(c, isinstance(block.ffn, FFN), kernels, mesh.ep, arrive, cut and not in_mtp)
+    for block, apart in (*((block, cut) for block in layers), *((m.block, False) for m in module.mtp)):
+        left, remade = kept(c, isinstance(block.ffn, FFN), kernels, mesh.ep, arrive, apart)
         total, again, passing = total + tokens * left, again + tokens * remade, max(passing, tokens * remade)
         if c.precision == "bf16" and not kernels and not c.recompute:          # a copy of the experts, for each chunk
             total += 2 * sum(p.numel() for p in block.parameters() if p.ndim == 3)
@@ -130,7 +129,7 @@ def chunk(c, mesh, module, kernels):
         total += c.n_mtp * tokens * (high * c.dim if c.recompute else 3 * norm + 2 * high * c.dim)
         rows = min(tokens, CrossEntropy.ROWS)
         passing = max(passing, (8 * rows + high * c.dim) * c.vocab_size, 4 * c.dim * c.vocab_size)
-    if cut and not kernels and not c.recompute and not c.recompute_mla:
+    if cut and not kernels and not (layers and (c.recompute or c.recompute_mla)):
         total += tokens * high * c.dim                 # what the stage before has sent; elsewhere the first layer's own
     return total, total - losses + again, passing      # an I makes at most that of what W needs
 

@@ -298,7 +298,8 @@ def failure(mesh, e):
         calls = traceback.extract_tb(e.__traceback__) + traceback.extract_tb(e.__cause__ and e.__cause__.__traceback__)
         if code == 2:
             message = f"{who}: {e}" if mesh.rank else str(e)
-        elif not any(os.path.join("torch", "distributed") in call.filename for call in calls):
+        elif not isinstance(e, dist.DistError) and not any(
+                os.path.join("torch", "distributed") in call.filename for call in calls):
             message = f"{who} failed"
         else:
             silent, until = set(range(mesh.world)), time.time() + patience
@@ -348,6 +349,14 @@ def claimed(out_dir, mesh):
 
 def size(group):
     return 1 if group is None else dist.get_world_size(group)
+
+
+def wait(work):
+    """For a transfer that was started before; DistBackendError where it fails, or takes longer than the timeout."""
+    try:
+        work.wait()
+    except RuntimeError as e:
+        raise dist.DistBackendError(str(e)) from e
 
 
 def owners(sizes, ranks):
@@ -449,7 +458,7 @@ class Shares:
         while self.off < len(self.buckets):
             self.set_off()
         for bucket in self.buckets:
-            bucket.work.wait()
+            wait(bucket.work)
             if any(p.grad is not None for p in bucket.params):
                 raise RuntimeError("a gradient came after its bucket's sum had set off: `expect` was told of fewer")
             if bucket.mine or not self.zero1:
@@ -479,7 +488,7 @@ class Shares:
     def receive_updated(self):
         """... and arrive."""
         for bucket in self.buckets if self.zero1 else ():
-            bucket.work.wait()
+            wait(bucket.work)
             for p, new in zip(bucket.params, bucket.apart(bucket.flat)) if not bucket.mine else ():
                 if new.data_ptr() == p.data_ptr():
                     torch.autograd.graph.increment_version(p)            # written to without its knowledge

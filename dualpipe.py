@@ -401,6 +401,8 @@ class DualPipe:
         self.owned = [p for p in trained(self.stages if kind == "dualpipev" else self.stages[:1])
                       if id(p) not in elsewhere]
         self.overlap = overlap
+        if self.ranks > 1:                                       # NCCL connects a group when all of it first sends
+            dist.all_reduce(like.new_zeros(1), group=self.group)
         self.plans = {}                                          # (micro-batches, training) -> (steps, exchanges)
 
     def step(self, microbatches, inputs=None, labels=None):

@@ -37,7 +37,7 @@ import moe
 import parallel
 import ranks
 import train
-from bench_pipeline import Pairs, lanes
+from bench_pipeline import Pairs, lanes, longest
 from configs import UserError
 from fp8 import AtOnce
 from measure import HERE, lines, load, record
@@ -133,11 +133,12 @@ class Ranks:
             context.set_forkserver_preload([__name__])                         # torch is imported once
         self.cases, self.world, self.folder = cases, world, Path(tempfile.mkdtemp(prefix=part, dir=folder))
         self.store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
-        gpu = (lambda rank: first + rank) if device == "cuda" else lambda rank: None
-        self.processes = [context.Process(target=worker, args=(part, cases, rank, world, gpu(rank), self.store.port,
-                                                               folder, self.folder), daemon=True) for rank in range(world)]
-        for process in self.processes:
-            process.start()
+        self.processes = []
+        for rank in range(world):
+            gpu = first + rank if device == "cuda" else None
+            arguments = part, cases, rank, world, gpu, self.store.port, folder, self.folder
+            self.processes.append(context.Process(target=worker, args=arguments, daemon=True))
+            self.processes[-1].start()
 
     def results(self, patience):
         """{number: [the result of each rank]} of the cases that all ranks have finished, each in `patience` seconds,
@@ -421,11 +422,7 @@ def overlap(job, case):
     if not job.small:
         spans = pairs.timeline()
         out |= lanes(spans, lambda e: "nccl" in e["name"].lower())
-        busy = {}
-        for e in spans:
-            busy[e["name"]] = busy.get(e["name"], 0.0) + e["end"] - e["start"]
-        for name, ms in sorted(busy.items(), key=lambda item: -item[1])[:12]:
-            print(f"{ms:8.2f} ms {name[:120]}")
+        out["longest"] = longest(spans)
     with mock.patch.object(moe, "Sent", Stay):
         pairs.milliseconds(True)
         out["without_ms"] = pairs.milliseconds(True)
@@ -446,6 +443,7 @@ def measure_overlap(world, device, folder):
         print(f"  {case}: a pair {r['in_turns_ms']:.1f} ms in turns, {r['one_after_the_other_ms']:.1f} one after the "
               f"other, {r['without_ms']:.1f} without exchanges: {r['hidden']:.1%} hidden"
               + (f"; {min(shares):.1%} of the exchanges under kernels" if shares else ""), flush=True)
+        print(*(f"    {ms:8.2f} ms {name[:100]}" for name, ms in results[0].get("longest", [])), sep="\n", flush=True)
     return out
 
 
@@ -657,7 +655,7 @@ def warm(job, case):
     else:
         dist.init_process_group("gloo", store=dist.PrefixStore(case, job.store), rank=0, world_size=1)
         c = v3_layers(False, case, 8).replace(n_layers=2)
-        Pairs(c, moe.ExpertRanks(1, 1, 0, device=job.device), job.device, None, 2).milliseconds(True)
+        Pairs(c, moe.ExpertRanks(1, 1, 0, device=job.device), job.device, microbatches=3).milliseconds(True)
 
 
 PARTS = {"parity": parity, "exchange": exchange, "overlap": overlap, "scaling": scaling, "warm": warm}

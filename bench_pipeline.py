@@ -1,9 +1,9 @@
 """bench.py pipeline and overlap: schedules carried out, and what a pair of chunks hides."""
 import datetime
+import itertools
 import json
 import math
 import multiprocessing
-import statistics
 import sys
 import tempfile
 import time
@@ -187,7 +187,7 @@ class Pairs:
     """DualPipeV on one rank, of two chunks of some V3 blocks each, whose tokens go through `ranks` (a moe.ExpertRanks):
     pairs of a forward and a backward that exchange with no stage of another rank. group: one of this rank alone."""
 
-    def __init__(self, c, ranks, device, group=None, microbatches=4):
+    def __init__(self, c, ranks, device, group=None, microbatches=6):
         self.tokens, self.group = torch.randint(c.vocab_size, (microbatches, c.seq_len + 1), device=device), group
         with device:
             self.stages = model.stages(c, 2, [0, 1])
@@ -203,46 +203,68 @@ class Pairs:
         dist.all_reduce(torch.zeros(1))
 
     def step(self, overlap, watch):
-        """One batch, its pairs run by watch(run, step)."""
-        stages, tokens = self.stages, self.tokens
+        """One batch; its pairs, which follow each other without a break, are run by watch(number, run, step)."""
+        stages, tokens, number = self.stages, self.tokens, itertools.count()
         pipe = dualpipe.DualPipe("dualpipev", stages, stages[1].criterion, stages[0].like(1), self.group,
                                  overlap=overlap)
         run = pipe.run
-        pipe.run = lambda step: watch(run, step) if step.kind == "FB" else run(step)
+        pipe.run = lambda step: watch(next(number), run, step) if step.kind == "FB" and step.mb[0] > 1 else run(step)
         for s in stages:
             s.begin(([tokens.numel() - len(tokens)], len(tokens)))
             s.zero_grad()
         pipe.step(len(tokens), tokens, tokens)
 
     def milliseconds(self, overlap):
-        """Median time of a pair, in turns or one chunk after the other."""
-        times = []
+        """Mean time of a pair, in turns or one chunk after the other. The first one is not counted: the host is then
+        ahead of the GPU, as in the midst of a training step."""
+        pairs, began = 2 * (len(self.tokens) - 2), []
 
-        def watch(run, step):
-            self.sync()
-            began = time.perf_counter()
+        def watch(number, run, step):
+            if number == 0:
+                self.sync()
             run(step)
-            self.sync()
-            times.append((time.perf_counter() - began) * 1e3)
+            if number == 0:
+                began.append(self.mark())
+            elif number == pairs - 1:
+                began.append(self.mark())
+                self.sync()
 
         self.step(overlap, watch)
-        return statistics.median(times)
+        first, last = began
+        return (first.elapsed_time(last) if self.device.type == "cuda" else (last - first) * 1e3) / (pairs - 1)
+
+    def mark(self):
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
     def timeline(self):
-        """`intervals` of a pair in turns."""
-        found = []
+        """`intervals` of two pairs in turns, one behind the other."""
+        profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
 
-        def watch(run, step):
-            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        def watch(number, run, step):
+            if number == 0:
+                profiler.start()
                 self.sync()
-                run(step)
+            run(step)
+            if number == 1:
                 self.sync()
-            with tempfile.TemporaryDirectory() as folder:
-                profiler.export_chrome_trace(f"{folder}/trace.json")
-                found.append(intervals(f"{folder}/trace.json"))
+                profiler.stop()
 
         self.step(True, watch)
-        return found[len(found) // 2]
+        with tempfile.TemporaryDirectory() as folder:
+            profiler.export_chrome_trace(f"{folder}/trace.json")
+            return intervals(f"{folder}/trace.json")
+
+
+def longest(timeline, most=10):
+    """[(name of a kernel, its ms)] of those that take longest in what `intervals` found."""
+    work = Counter()
+    for e in timeline:
+        work[e["name"]] += e["end"] - e["start"]
+    return work.most_common(most)
 
 
 def pair(c, device, detours=(3, 2, 5, 1)):
@@ -278,7 +300,8 @@ def overlap(options):
             if timeline:
                 numbers["timeline"] = {"detours": Detour.times,
                                        **lanes(timeline, lambda e: e["what"] == "gpu_memcpy")}
-                print(f"timeline: {numbers['timeline']['under_kernels']:.1%} of the copies under kernels", flush=True)
+                print(f"timeline: {numbers['timeline']['under_kernels']:.1%} of the copies under kernels; longest:",
+                      *(f"{ms:8.2f} ms {name[:100]}" for name, ms in longest(timeline)), sep="\n", flush=True)
             else:
                 print(f"{rows[-1]['travel_ms'] / without:.2f} of the arithmetic travels: {rows[-1]['hidden']:.1%} "
                       f"hidden  {rows[-1]}", flush=True)

@@ -8,14 +8,16 @@
     loads       which experts work: over the steps of a training run, and on library code, tests and documentation
     decode      attention over the latent cache against torch.compile; tokens/s of generation (needs a GPU)
     attention   training attention, norm, RoPE and recomputation on a GPU: python bench.py attention
-    moe         the routed experts against torch.compile of F.grouped_mm (a Hopper GPU)
-    step        a training step of configs/bench_1b.py on random tokens, eager and compiled (a GPU)
+    moe         the routed experts against torch.compile of F.grouped_mm (a Hopper GPU); --shapes=V3,bench_1b,V2-Lite
+                and --parts=products,layers run some of it
+    step        a training step of configs/bench_1b.py on random tokens, beside transformers' (a GPU); --parts=eager,...
     fp8_error   what promotion to FP32 saves in a product of FP8 numbers, against its length K
     fp8_tiny    the default job's first 150 steps in FP32 and FP8 (the reference)
     fp8_loss    char in FP32, BF16 and FP8 (the reference): python bench.py fp8_loss --data=FILE
     pipeline    every schedule executed with stages that sleep, against its simulation and torch.distributed.pipelining
     overlap     what a pair of DualPipe's chunks hides on one GPU: V3's blocks, copies in place of the network
-    fp8         FP8's quantization, products, Linears and optimizer against torch's, at V3's shapes (a Hopper GPU)
+    fp8         FP8's quantization, products, Linears and optimizer against torch's, at V3's shapes (a Hopper GPU);
+                --parts=products,few,linears,square,adamw,quantization runs some of it, and leaves the others' results
     layer       one MoE layer of V3 as one GPU of 64 has it: FP8 against BF16 (a Hopper GPU)
     fp8_quality 1000 steps of configs/gpu.py in BF16, BF16 with another seed, and FP8 (a Hopper GPU)
     readme      put the results into the README's marked places, and draw its figures (needs matplotlib)
@@ -337,8 +339,10 @@ def main(argv):
     options = {}
     for arg in argv[1:]:
         key, equals, value = arg.removeprefix("--").partition("=")
-        if not arg.startswith("--") or not equals or key not in ("data", "nanogpt", "out_dir", "seeds", "repeats"):
-            raise UserError(f"{arg}: options are --data=FILE --nanogpt=DIR --out_dir=RUN --seeds=N --repeats=N")
+        if not arg.startswith("--") or not equals or key not in ("data", "nanogpt", "out_dir", "parts", "seeds",
+                                                                          "shapes", "repeats"):
+            raise UserError(f"{arg}: options are --data=FILE --nanogpt=DIR --out_dir=RUN --parts=A,B --shapes=A,B "
+                            f"--seeds=N --repeats=N")
         if key in ("seeds", "repeats") and not (value.isdigit() and int(value)):
             raise UserError(f"{arg}: a whole number from 1 up")
         options[key] = value

@@ -100,7 +100,9 @@ class Block(nn.Module):
             # Norms, latents, queries, keys and values are made again in backward (section 3.2.3); attention's own
             # output waits in `kept`, and the last product is not reached: checkpoint stops once it has what it needs.
             kept = []
-            h = x + checkpoint(lambda x: self.attn(self.attn_norm(x), rope, kept=kept, **more), x, use_reentrant=False)
+            # No random numbers in it: their state would be read from the GPU, and a CUDA graph can't record that.
+            h = x + checkpoint(lambda x: self.attn(self.attn_norm(x), rope, kept=kept, **more), x, use_reentrant=False,
+                               preserve_rng_state=False)
         else:
             h = x + self.attn(self.attn_norm(x), rope, **more)
         return h, self.ffn_norm(h)

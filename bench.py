@@ -10,7 +10,7 @@
     attention   training attention, norm, RoPE and recomputation on a GPU: python bench.py attention
     moe         the routed experts against torch.compile of F.grouped_mm (a Hopper GPU); --shapes=V3,bench_1b,V2-Lite
                 and --parts=products,layers run some of it
-    step        a training step of configs/bench_1b.py on random tokens, beside transformers' (a GPU); --parts=eager,...
+    step        a training step of configs/bench_1b.py on random tokens, beside transformers' (a GPU); --parts=graph,...
     fp8_error   what promotion to FP32 saves in a product of FP8 numbers, against its length K
     fp8_tiny    the default job's first 150 steps in FP32 and FP8 (the reference)
     fp8_loss    char in FP32, BF16 and FP8 (the reference): python bench.py fp8_loss --data=FILE

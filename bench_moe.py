@@ -1,7 +1,9 @@
 """bench.py moe, step and layer: the experts, and what a training step with them costs."""
+import gc
 import importlib.util
 import statistics
 import time
+from functools import partial
 
 import torch
 
@@ -16,7 +18,7 @@ from bench_fp8 import V3_LINEARS, fp8_prepare
 from configs import UserError
 from measure import chosen, compiled_beside, in_turn, kept, milliseconds, needs_fp8, record, replayed
 from model import V3, Block, arithmetic, hf_config
-from train import make_optimizer
+from train import Recorded, forward_backward, make_optimizer
 
 # --- the experts on a GPU ---------------------------------------------------------------------------------------------
 
@@ -129,55 +131,57 @@ def moe_on_a_gpu(options):
 
 # --- a training step, beside transformers' ----------------------------------------------------------------------------
 
-def our_step(c, compiled):
-    """-> (a function from tokens [B, T+1] to their loss with its gradients, the optimizer, what else an optimizer step
-    does): as train.py trains a Config's model."""
+def our_step(c, form):
+    """-> (a function that gives the weights the gradients of tokens [B, T+1], the optimizer, what else ends an
+    optimizer step): as train.py trains a Config's model."""
     with torch.device("cuda"):
         v3 = V3(c).train()
-    for block in v3.layers if compiled else ():
-        block.compile()
-    for p in () if compiled else v3.parameters():
-        p.queue = fp8.AtOnce()
-
-    def loss(tokens):
-        loss, _ = v3.loss(tokens, totals=([tokens[:, 1:].numel()], len(tokens)))
-        loss.backward()
+    if form == "compiled":
+        for block in v3.layers:
+            block.compile()
+    else:
+        for p in v3.parameters():
+            p.queue = fp8.AtOnce()
+    micro_batch = Recorded(v3) if form == "graph" else partial(forward_backward, v3)
 
     def end():
         for gate in v3.gates():
             gate.update_bias(c.bias_update_speed)
-    return loss, make_optimizer(c, v3.parameters()), end
+    return (lambda tokens: micro_batch(tokens, ([tokens[:, 1:].numel()], len(tokens)), c.mtp_weight),
+            make_optimizer(c, v3.parameters()), end)
 
 
-def their_step(c, compiled):
+def their_step(c, form):
     """The same of transformers' DeepseekV3, as its users train it: weights, gradients and moments in BF16, half the
     bytes of ours, and grouped_mm for the experts."""
     from transformers import AutoModelForCausalLM, DeepseekV3Config
     with torch.device("cuda"):
         model = AutoModelForCausalLM.from_config(DeepseekV3Config(**hf_config(c)), dtype=torch.bfloat16,
                                                  experts_implementation="grouped_mm").train()
-    forward = torch.compile(model, dynamic=False) if compiled else model
+    forward = torch.compile(model, dynamic=False) if form == "compiled" else model
 
-    def loss(tokens):
-        forward(input_ids=tokens[:, :-1], labels=tokens[:, :-1], use_cache=False).loss.backward()  # it shifts labels
-    return loss, torch.optim.AdamW(model.parameters(), lr=c.lr, betas=(c.beta1, c.beta2), weight_decay=c.weight_decay,
-                                   fused=True), lambda: None
+    def micro_batch(tokens):                                                               # the model shifts the labels
+        forward(input_ids=tokens[:, :-1], labels=tokens[:, :-1], use_cache=False).loss.backward()
+    return micro_batch, torch.optim.AdamW(model.parameters(), lr=c.lr, betas=(c.beta1, c.beta2),
+                                          weight_decay=c.weight_decay, fused=True), lambda: None
 
 
-STEPS = {"eager": (our_step, False), "compiled": (our_step, True),
-         "transformers, eager": (their_step, False), "transformers, compiled": (their_step, True)}
+STEPS = {                                     # the model, how it is started, what its Config changes
+    "launched": (our_step, "launched", {}), "graph": (our_step, "graph", {}), "compiled": (our_step, "compiled", {}),
+    "graph, FP8": (our_step, "graph", {"precision": "fp8", "moments": "bf16"}),
+    "transformers": (their_step, "launched", {}), "transformers, compiled": (their_step, "compiled", {})}
 
 
 def training_step(name, c, steps=8):
     """Tokens/s and peak bytes of whole training steps of a Config's model on random tokens."""
-    make, compiled = STEPS[name]
-    loss, optimizer, end = make(c, compiled)
+    make, form, changes = STEPS[name]
+    micro_batch, optimizer, end = make(c.replace(**changes), form)
     weights, times = [p for group in optimizer.param_groups for p in group["params"]], []
     tokens = torch.randint(c.vocab_size, (c.micro_batch_size, c.seq_len + 1), device="cuda")
     torch.cuda.reset_peak_memory_stats()
     for _ in range(steps):
         began = time.perf_counter()
-        loss(tokens)
+        micro_batch(tokens)
         torch.nn.utils.clip_grad_norm_(weights, c.grad_clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -185,7 +189,7 @@ def training_step(name, c, steps=8):
         torch.cuda.synchronize()
         times.append(time.perf_counter() - began)
     size = c.micro_batch_size * c.seq_len
-    out = {"name": name, "compiled": compiled, "tokens": size, "parameters": sum(p.numel() for p in weights),
+    out = {"name": name, "tokens": size, "parameters": sum(p.numel() for p in weights),
            "peak_bytes": torch.cuda.max_memory_allocated(),
            "tokens_per_s": size / statistics.median(times[steps // 2:])}
     print(f"{name}: {out['tokens_per_s']:,.0f} tokens/s, {out['peak_bytes'] / 1e9:.1f} GB "
@@ -202,6 +206,7 @@ def step(options):
         names = [name for name in names if "transformers" not in name]
     c = configs.load(["configs/bench_1b.py", "--bf16_head=True"])
     for name in names:
+        gc.collect()                                                                       # the model before
         torch.cuda.empty_cache()
         runs.append(training_step(name, c))
         record("step", "python bench.py step", runs=runs)

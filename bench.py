@@ -8,8 +8,9 @@
     loads       which experts work: over the steps of a training run, and on library code, tests and documentation
     decode      attention over the latent cache against torch.compile; tokens/s of generation (needs a GPU)
     attention   training attention, norm, RoPE and recomputation on a GPU: python bench.py attention
-    moe         the routed experts against torch.compile of F.grouped_mm (a Hopper GPU)
-    step        a training step of configs/bench_1b.py on random tokens, eager and compiled (a GPU)
+    moe         the routed experts against torch.compile of F.grouped_mm (a Hopper GPU); --shapes=V3,bench_1b,V2-Lite
+                and --parts=products,layers run some of it
+    step        a training step of configs/bench_1b.py on random tokens, beside transformers' (a GPU); --parts=graph,...
     fp8_error   what promotion to FP32 saves in a product of FP8 numbers, against its length K
     fp8_tiny    the default job's first 150 steps in FP32 and FP8 (the reference)
     fp8_loss    char in FP32, BF16 and FP8 (the reference): python bench.py fp8_loss --data=FILE
@@ -17,7 +18,8 @@
     overlap     what a pair of DualPipe's chunks hides on one GPU: V3's blocks, copies in place of the network
     cluster     2, 4 or 8 GPUs: parity, exchanges, overlap, scaling, a rank that dies; --parts=A,B takes some of these,
                 --device=cpu shows on two processes that it runs
-    fp8         FP8's quantization, products, Linears and optimizer against torch's, at V3's shapes (a Hopper GPU)
+    fp8         FP8's quantization, products, Linears and optimizer against torch's, at V3's shapes (a Hopper GPU);
+                --parts=products,few,linears,square,adamw,quantization runs some of it, and leaves the others' results
     layer       one MoE layer of V3 as one GPU of 64 has it: FP8 against BF16 (a Hopper GPU)
     fp8_quality 1000 steps of configs/gpu.py in BF16, BF16 with another seed, and FP8 (a Hopper GPU)
     readme      put the results into the README's marked places, and draw its figures (needs matplotlib)
@@ -331,7 +333,7 @@ SECTIONS = {"tiny": tiny, "char": char, "ablations": ablations, "speculation": s
             "fp8_quality": fp8_quality, "pipeline": pipeline, "overlap": overlap, "cluster": cluster_of_gpus,
             "readme": readme}
 OPTIONS = {"data": "FILE", "nanogpt": "DIR", "out_dir": "RUN", "seeds": "N", "repeats": "N", "parts": "A,B",
-           "device": "cpu"}
+           "shapes": "A,B", "device": "cpu"}
 
 
 def main(argv):

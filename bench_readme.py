@@ -157,7 +157,7 @@ def tables():
             "|---|---|---|---|",
             *(f"| {name} | {', '.join(f'{x:.4f}' for x in of(key, 'loss'))} | {against(key):+.2%} | "
               f"{', '.join(f'{x:.4f}' for x in of(key, 'val_loss'))} |" for key, name in names.items())])
-    if eight and "quantization" in eight:
+    if eight and {"products", "few", "quantization"} <= eight.keys():
         ratio = lambda r, ours, theirs, what: f"{r[ours]:.0f}" + (
             f" ({r[ours] / r[theirs]:.2f}x {what})" if theirs in r else "")
         copy = eight["quantization"]["copy"]
@@ -174,11 +174,14 @@ def tables():
             *(f"| {name} | {r['triton'] / 1e12:.2f} | {r['triton'] / copy:.2f}x | "
               + (f"{r['triton'] / r['compiled']:.2f}x" if "compiled" in r else "") + " |"
               for name, r in eight["quantization"]["passes"].items())])
-    if eight and "adamw" in eight:
-        row = lambda what, r: f"| {what} | {r['bf16']:.3f} | {r['fp8']:.3f} | {r['bf16'] / r['fp8']:.2f}x |"
-        every = {key: sum(r[key] for r in eight["linears"]) for key in ("bf16", "fp8")}
+    if eight and {"linears", "square", "adamw"} <= eight.keys():
+        cells = lambda r: f"{r['bf16']:.3f} | {r['fp8']:.3f} | {r['bf16'] / r['fp8']:.2f}x"
+        row = lambda what, r: f"| {what} | {cells(r)} | {cells(r['launched'])} |"
+        total = lambda rows: {key: sum(r[key] for r in rows) for key in ("bf16", "fp8")}
+        every = total(eight["linears"]) | {"launched": total([r["launched"] for r in eight["linears"]])}
         out["fp8_linears"] = "\n".join([
-            "| Linear: in, out | BF16, ms | FP8, ms | speed |", "|---|---|---|---|",
+            "| Linear: in, out | BF16, ms | FP8, ms | speed | launched: BF16 | FP8 | speed |",
+            "|---|---|---|---|---|---|---|",
             *(row(f"{r['name']}: {r['in']}, {r['out']}", r) for r in eight["linears"]), row("together", every),
             *(row(f"{r['in']}, {r['out']}", r) for r in eight["square"]), "",
             f"{eight['gpu']}. AdamW, bytes read and written per second: " + "; ".join(
@@ -190,6 +193,7 @@ def tables():
         out["layer"] = "\n".join([
             line("", lambda r: f"{r['precision'].upper()}, {r['moments'].upper()} moments"), "|---|---|---|",
             line("ms a step, 4096 tokens", lambda r: f"{r['ms']:.1f}"),
+            line("... launched from Python", lambda r: f"{r['launched_ms']:.1f}"),
             line("tokens/s", lambda r: f"{r['tokens_per_s']:,.0f}"),
             line("TFLOP/s of the model", lambda r: f"{r['tflops']:.0f}"),
             line("GPU hours per trillion tokens", lambda r: f"{r['gpu_hours_per_trillion_tokens'] / 1e3:.0f}K"),
@@ -214,7 +218,7 @@ def tables():
         out["many"] = many_ranks(m)
     out.setdefault("many", "(Not measured yet: `python bench.py cluster`.)")
     for place, section in {"fp8_kernels": "fp8", "fp8_linears": "fp8", "layer": "layer", "fp8_quality": "fp8_quality",
-                           "fp8_tiny": "fp8_tiny"}.items():
+                           "fp8_tiny": "fp8_tiny", "step": "step"}.items():
         out.setdefault(place, f"(Not measured yet: `python bench.py {section}`.)")
     if p:
         cell = lambda r: "" if r is None else f"{min(r['measured']):.2f}" + (
@@ -253,11 +257,18 @@ def tables():
             *(f"| {r['name']} | {r['grouped_mm']:.0f} | {r['bf16']:.0f} | {r['fp8']:.0f} | {r['fp8_quantizing']:.0f} |"
               for r in m["products"]), "", f"{m['gpu']}, {m['torch']}; casting and quantizing the weights included."])
     if m := load("step"):
+        ours = {"launched": "launched one by one", "graph": "as a CUDA graph, `train.py`'s way", "graph, FP8":
+                "as a CUDA graph, `--precision=fp8 --moments=bf16`", "compiled": "`--compile=True`", "transformers":
+                "transformers, grouped_mm", "transformers, compiled": "transformers, grouped_mm, torch.compile"}
+        best = max((r["tokens_per_s"] for r in m["runs"] if "transformers" in r["name"]), default=None)
         out["step"] = "\n".join([
-            "| a training step of config/bench_1b.py | tokens/s | peak memory, GB |", "|---|---|---|",
-            *(f"| {'--compile=True' if r['compiled'] else 'eager'} | {r['tokens_per_s']:,.0f} | "
-              f"{r['peak_bytes'] / 1e9:.1f} |" for r in m["runs"]), "",
-            f"{m['gpu']}, {m['runs'][0]['tokens']:,} tokens."])
+            "| a training step of config/bench_1b.py | tokens/s | against transformers' best | peak memory, GB |",
+            "|---|---|---|---|",
+            *(f"| {ours[r['name']]} | {r['tokens_per_s']:,.0f} | "
+              f"{'%.2fx' % (r['tokens_per_s'] / best) if best else '-'} | {r['peak_bytes'] / 1e9:.1f} |"
+              for r in m["runs"]), "",
+            f"{m['gpu']}, {m['runs'][0]['tokens']:,} tokens. Ours keeps FP32 weights, gradients and, where nothing is "
+            f"said, moments; transformers was given BF16 for all of them, half the bytes."])
     if s:
         rows = lambda s: "\n".join([
             "| drafts | of them accepted | tokens per forward pass | time of the drafts / of a plain step | tokens/s | "

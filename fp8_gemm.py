@@ -172,7 +172,7 @@ if backend.has_triton():
         if STORED:
             tma.store_wait(0)
 
-    @gluon.jit
+    @gluon.jit(do_not_specialize=["tiles", "M", "steps", "a_start", "t_start"])        # one kernel for all lengths
     def wide_kernel(a, b, y, a_scale, b_scale, t_scale, a_start, t_start, tiles, M, N, steps, a_scale_k, b_scale_n,
                     b_scale_k, y_stride, BLOCKS: gl.constexpr, ADD: gl.constexpr, STORED: gl.constexpr,
                     GROUPS: gl.constexpr, SLOTS: gl.constexpr):

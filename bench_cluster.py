@@ -21,6 +21,7 @@ import tempfile
 import time
 import traceback
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -40,7 +41,7 @@ import train
 from bench_pipeline import Pairs, lanes, longest
 from configs import UserError
 from fp8 import AtOnce
-from measure import HERE, lines, load, record
+from measure import HERE, chosen, kept, lines, record
 from model import arithmetic, official_tensors
 from parallel import write_atomic
 
@@ -480,7 +481,7 @@ def scaling_config(small, world, case):
 
 def step(c, mesh, device, parts, tokens):
     """train.run's step on random tokens: (seconds, seconds of forward and backward)."""
-    modules, pipe, shares, counters, optimizer = parts
+    modules, pipe, micro_batch, shares, counters, optimizer = parts
     gates = [gate for module in modules for gate in module.gates()]
     totals = [c.batch_size * c.seq_len] * (c.n_mtp + 1), c.batch_size
     mesh.most(0)
@@ -489,7 +490,7 @@ def step(c, mesh, device, parts, tokens):
         ranks.pipelined(c, pipe, tokens, totals, c.mtp_weight)
     else:
         for micro in tokens.split(c.micro_batch_size):
-            modules[0].loss(micro, totals=totals)[0].backward()
+            micro_batch(micro, totals, c.mtp_weight)
     if device.type == "cuda":
         torch.cuda.synchronize()
     computed = time.perf_counter() - began
@@ -537,18 +538,22 @@ def scaling(job, case):
     c = scaling_config(job.small, job.world, "4x, 1 GPU" if alone and job.rank else case)
     mesh = parallel.Mesh().arrange(c, {c.batch_size}) if alone else job.connect(c, case)
     ranks.check(c, mesh)
-    device, steps = job.device, 2 if job.small else 4
+    device, steps = job.device, 1 if job.small else 3
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     modules, pipe = ranks.build(c, device, mesh, False)
     shares, counters = ranks.replicas(c, mesh, modules, pipe)
-    parts = modules, pipe, shares, counters, train.make_optimizer(c, shares.updated.values())
+    optimizer = train.make_optimizer(c, shares.updated.values())
     for p in modules[0].parameters() if not pipe else ():
         p.queue = AtOnce()
+    recorded = backend.training_graph(device, c)[0] == "CUDA graph"
+    micro_batch = train.Recorded(modules[0]) if recorded else partial(train.forward_backward, modules[0])
+    parts = modules, pipe, micro_batch, shares, counters, optimizer
     tokens = torch.randint(c.vocab_size, (c.batch_size // mesh.dp, c.seq_len + 1 + c.n_mtp), device=device)
-    step(c, mesh, device, parts, tokens)                                       # kernels are compiled, memory is taken
+    for _ in range(2):                         # kernels are compiled, memory is taken, then graphs are recorded
+        step(c, mesh, device, parts, tokens)
     spans = timed_steps(pipe, device) if pipe else []
-    times = [step(c, mesh, device, parts, tokens) for _ in range(steps - 1)]
+    times = [step(c, mesh, device, parts, tokens) for _ in range(steps)]
     seconds, computed = (statistics.median(column) for column in zip(*times))
     out = {"seconds": seconds, "computed": computed, "tokens": c.batch_size * c.seq_len,
            "peak_bytes": backend.peak_memory(device)}
@@ -666,21 +671,20 @@ SECTIONS = {"parity": measure_parity, "exchange": measure_exchange, "overlap": m
 
 def cluster_of_gpus(options):
     device = options.get("device", "cuda" if torch.cuda.is_available() else "cpu")
+    if device not in ("cuda", "cpu"):
+        raise UserError(f"--device={device}: there are cuda and cpu")
     have = torch.cuda.device_count() if device == "cuda" else 2
     world = max((n for n in (2, 4, 8) if n <= have), default=0)
     if not world:
-        raise UserError(f"bench.py cluster: {have} GPU here, at least 2 are needed; --device=cpu shows it on two "
-                        f"processes")
-    chosen = options.get("parts", ",".join(SECTIONS)).split(",")
-    if unknown := [name for name in chosen if name not in SECTIONS]:
-        raise UserError(f"--parts={options['parts']}: {unknown[0]!r} is none of {', '.join(SECTIONS)}")
-    name = "cluster" if device == "cuda" else "cluster_cpu"
-    numbers = {part: value for part, value in (load(name) or {}).items() if part in SECTIONS and part not in chosen}
+        raise UserError(f"bench.py cluster: at least 2 GPUs are needed, and here is {have}; --device=cpu shows it on "
+                        f"two processes")
+    parts, name = chosen(options, "parts", SECTIONS), "cluster" if device == "cuda" else "cluster_cpu"
+    numbers = kept(name, *(part for part in SECTIONS if part not in parts))
     with tempfile.TemporaryDirectory() as folder:
         folder, began = Path(folder), time.time()
         warming = [Ranks("warm", {i: case}, 1, device, folder, i % world) for i, case in
                    enumerate(("bf16", "bench_1b", *fp8_too(device)))] if device == "cuda" else []
-        for part in chosen:
+        for part in parts:
             started = time.time()
             print(f"{part}, from second {started - began:.0f}:", flush=True)
             if part in ("exchange", "overlap", "scaling"):                     # which are timed

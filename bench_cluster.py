@@ -531,7 +531,8 @@ def timed_steps(pipe, device):
 
 def scaling(job, case):
     """A few training steps: seconds, the peak of memory; of a pipeline what it took and what `simulate` says of the
-    mean durations of its steps. Alone on a GPU: bench_1b on rank 0's and, at the same time, its sibling on rank 1's."""
+    mean durations of each rank's steps. Alone: bench_1b on the GPU of rank 0 and, at the same time, its sibling on that
+    of rank 1."""
     if case == "4x, 1 GPU" or case == "1 GPU" and job.rank > 1:
         return None
     alone = case == "1 GPU"
@@ -558,13 +559,11 @@ def scaling(job, case):
     out = {"seconds": seconds, "computed": computed, "tokens": c.batch_size * c.seq_len,
            "peak_bytes": backend.peak_memory(device)}
     if pipe:
-        found = mesh.gather([(kind, ms()) for kind, ms in spans])
-        mean = {kind: statistics.mean(ms for spans in found for k, ms in spans if k == kind) / 1e3
-                for kind in {kind for spans in found for kind, _ in spans}}
+        mean = {kind: statistics.mean(ms() for k, ms in spans if k == kind) / 1e3 for kind in {k for k, _ in spans}}
+        out["durations"] = mesh.gather(mean)[::mesh.dp]                        # of each rank of the first pipeline
+        F, B, W, FB = ([mean.get(kind) for mean in out["durations"]] for kind in ("F", "B", "W", "FB"))
         lists = [dualpipe.schedule(c.pipeline, c.pp, r, len(tokens) // c.micro_batch_size) for r in range(c.pp)]
-        out["durations"], B = mean, mean["B"]
-        out["simulated"] = dualpipe.simulate(c.pipeline, lists, mean["F"], B, mean.get("W", 0.0), mean.get("FB"))[
-            "makespan"]
+        out["simulated"] = dualpipe.simulate(c.pipeline, lists, F, B, [w or 0.0 for w in W], FB)["makespan"]
     return out
 
 

@@ -19,7 +19,7 @@ def test_what_fails_is_told_and_the_cases_behind_it_are_measured(tmp_path, capsy
     assert list(done) == ["link", "1 x 2, fp8"] and "3 x 0, bf16: FAILED" in said and "Error" in said
     assert len(done["link"]) == 2 and min(done["link"][0].values()) > 0
     sent = done["1 x 2, fp8"][0]["dispatch"]
-    assert sent["bytes"] * 256 == sent["wire_bytes"] * (256 + 2 + 8 * (4 + 4))        # scales, weights, experts' numbers
+    assert sent["bytes"] * 256 == sent["wire_bytes"] * (256 + 2 + 8 * (4 + 4))     # scales, weights, experts' numbers
 
 
 def test_a_layout_is_compared_with_one_rank_and_the_readme_says_how(tmp_path, monkeypatch, capsys):

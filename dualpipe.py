@@ -402,8 +402,11 @@ class DualPipe:
         self.owned = [p for p in trained(self.stages if kind == "dualpipev" else self.stages[:1])
                       if id(p) not in elsewhere]
         self.overlap = overlap
-        if self.ranks > 1:                                       # NCCL connects a group when all of it first sends
-            dist.all_reduce(like.new_zeros(1), group=self.group)
+        # NCCL connects a group, and two ranks of it, when all that it concerns first ask for it, and holds up the host
+        # until then. So now: in the midst of a step one might ask for what the other only asks for later.
+        peers = [peer for peer in (self.rank - 1, self.rank + 1) if 0 <= peer < self.ranks]
+        self.complete([dist.P2POp(op, like.new_zeros(1), group=self.group, group_peer=peer) for peer in peers
+                       for op in (dist.isend, dist.irecv)], " or ".join(map(str, peers)))
         self.plans = {}                                          # (micro-batches, training) -> (steps, exchanges)
 
     def step(self, microbatches, inputs=None, labels=None):
@@ -467,11 +470,15 @@ class DualPipe:
         other = [torch.empty_like(t) for t in tensors]
         ops = [dist.P2POp(op, t, group=self.group, group_peer=self.ranks - 1 - self.rank, tag=tag)
                for tag, pair in enumerate(zip(tensors, other)) for op, t in zip((dist.isend, dist.irecv), pair)]
-        with self.reaching(self.ranks - 1 - self.rank):
-            for work in dist.batch_isend_irecv(ops) if ops else ():
-                work.wait()
+        self.complete(ops, self.ranks - 1 - self.rank)
         for mine, theirs in zip(tensors, other):
             mine += theirs
+
+    def complete(self, ops, peer):
+        """Send and receive as one batch, and wait for it."""
+        with self.reaching(peer):
+            for work in dist.batch_isend_irecv(ops) if ops else ():
+                work.wait()
 
     def micro_batch(self, name, dir, mb):
         """Micro-batch mb of direction dir of the batch's "inputs" or "labels"."""

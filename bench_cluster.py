@@ -11,6 +11,7 @@ takes too long, they are ended, it is told, and new ones go on with the case aft
 """
 import gc
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -252,27 +253,23 @@ def tensors(folder, files):
 
 
 def difference(folder, whole):
-    """How far a run is from another: the largest relative difference of a loss, the relative Frobenius norm of the
-    difference of all weights after the last step and of each gradient of the first (of the worst tensor; one that is
-    less than a thousandth of the whole gradient is compared with that thousandth)."""
-    rows, theirs = (lines(f)[0] for f in (folder, whole))
-    losses = max(abs(a[key] / b[key] - 1) for a, b in zip(rows, theirs, strict=True) for key in ("loss", "mtp_loss"))
+    """How far a run is from another, relatively: the loss of the worst step; by Frobenius norms all weights after the
+    last step, all gradients of the first, and the worst of these (one that is less than a thousandth of them all is
+    compared with that thousandth)."""
     norm = lambda tensors: torch.stack([t.double().norm() for t in tensors]).norm().item()
-    ours, all_ = (tensors(parallel.latest(f), "rank_*.safetensors") for f in (folder, whole))
-    assert ours.keys() == all_.keys()
-    weights = [name for name in all_ if name.startswith(("model", "lm_head")) and not name.endswith("bias")]
-    out = {"loss": losses,
-           "weights": norm([ours[n] - all_[n] for n in weights]) / norm([all_[n] for n in weights])}
-    ours, all_ = (tensors(f, "gradients_*.safetensors") for f in (folder, whole))
-    assert all_.keys() >= ours.keys()
-    least = norm(all_.values()) / 1000
-    worst = {n: norm([ours.get(n, torch.zeros_like(t)) - t]) / max(norm([t]), least) for n, t in all_.items()}
-    out["worst gradient"] = max(worst, key=worst.get)
-    return {**out, "gradients": worst[out["worst gradient"]]}
-
-
-def compare(folder, precision, name):
-    return difference(folder / f"{precision} {name}", folder / f"{precision} alone 0")
+    rows, theirs = (lines(f)[0] for f in (folder, whole))
+    out = {"loss": max(abs(a[key] / b[key] - 1) for a, b in zip(rows, theirs, strict=True)
+                       for key in ("loss", "mtp_loss"))}
+    ours, theirs = (tensors(parallel.latest(f), "rank_*.safetensors") for f in (folder, whole))
+    assert ours.keys() == theirs.keys()
+    weights = [name for name in theirs if name.startswith(("model", "lm_head")) and not name.endswith("bias")]
+    out["weights"] = norm([ours[n] - theirs[n] for n in weights]) / norm([theirs[n] for n in weights])
+    ours, theirs = (tensors(f, "gradients_*.safetensors") for f in (folder, whole))
+    assert theirs.keys() >= ours.keys()                                        # an idle expert's may be missing
+    apart, size = {n: norm([ours.get(n, torch.zeros_like(t)) - t]) for n, t in theirs.items()}, norm(theirs.values())
+    each = {n: apart[n] / max(norm([t]), size / 1000) for n, t in theirs.items()}
+    worst = max(each, key=each.get)
+    return {**out, "gradients": math.hypot(*apart.values()) / size, "worst_gradient": each[worst], "worst": worst}
 
 
 def measure_parity(world, device, folder):
@@ -286,10 +283,10 @@ def measure_parity(world, device, folder):
         for name in ("alone 1", *(case.split(" ", 1)[1] for case in cases[1:] if case in done)):
             noise = name == "alone 1"
             rows.append({"precision": precision, "layout": "one rank, other micro-batches" if noise else name,
-                         "noise": noise, **compare(folder, precision, name)})
+                         "noise": noise, **difference(folder / f"{precision} {name}", folder / f"{precision} alone 0")})
             r = rows[-1]
             print(f"  {precision} {r['layout']:32} loss {r['loss']:.1e}  weights {r['weights']:.1e}  gradients "
-                  f"{r['gradients']:.1e} ({r['worst gradient']})", flush=True)
+                  f"{r['gradients']:.1e}, worst {r['worst_gradient']:.1e} {r['worst']}", flush=True)
     return {"steps": PARITY["max_steps"], "rows": rows}
 
 

@@ -32,15 +32,14 @@ def many_ranks(m):
     where = f"{m['gpus']} x {m['gpu']}" if m["gpu"] else f"{m['gpus']} processes of {m['cpu']}"
     out = [f"{where}, torch {m['torch']}."]
     if "parity" in m:
-        rows = m["parity"]["rows"]
-        find = lambda layout, precision: next((f"{r['loss']:.0e} | {r['weights']:.0e} | {r['gradients']:.0e}"
-                                               for r in rows if (r["layout"], r["precision"]) == (layout, precision)),
-                                              " | | ")
+        rows = {(r["layout"], r["precision"]): r for r in m["parity"]["rows"]}
+        cell = lambda r: f"{r['loss']:.0e} | {r['weights']:.0e} | {r['gradients']:.0e}, {r['worst_gradient']:.0e}" \
+            if r else " | | "
         out += ["", f"| {m['parity']['steps']} steps of a small V3 against one rank | FP32: losses | weights | "
                     "gradients of step 1 | BF16: losses | weights | gradients |", "|---|---|---|---|---|---|---|",
-                *(f"| {layout} | {find(layout, 'fp32')} | {find(layout, 'bf16')} |"
-                  for layout in dict.fromkeys(r["layout"] for r in rows)),
-                "", "Relative differences: of the worst step, of all weights together, of the worst gradient."]
+                *(f"| {layout} | {cell(rows.get((layout, 'fp32')))} | {cell(rows.get((layout, 'bf16')))} |"
+                  for layout in dict.fromkeys(layout for layout, _ in rows)), "",
+                "Relative differences: the worst step's; all weights together; all gradients together, and the worst's."]
     if "exchange" in m:
         e = m["exchange"]
         out += ["", f"| what experts send, {e['tokens']:,} tokens of V3 | nodes x ranks | MB to others | ms | GB/s | "

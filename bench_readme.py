@@ -39,7 +39,7 @@ def many_ranks(m):
                     "gradients of step 1 | BF16: losses | weights | gradients |", "|---|---|---|---|---|---|---|",
                 *(f"| {layout} | {cell(rows.get((layout, 'fp32')))} | {cell(rows.get((layout, 'bf16')))} |"
                   for layout in dict.fromkeys(layout for layout, _ in rows)), "",
-                "Relative differences: the worst step's; all weights together; all gradients together, and the worst's."]
+                "Relative differences: the worst step's; all weights; all gradients together, and the worst's."]
     if "exchange" in m:
         e = m["exchange"]
         out += ["", f"| what experts send, {e['tokens']:,} tokens of V3 | nodes x ranks | MB to others | ms | GB/s | "

@@ -23,8 +23,9 @@ A Linear (figure 6), x [N, in], W [out, in], dy [N, out]; x, y, dx are BF16, W a
 
 What Wgrad needs of the forward pass is kept in FP8 as well (3.3.3): the input of a Linear, from which the 128x1 tiles
 are made in backward; of an FFN's second Linear the input of the SwiGLU, whose output is made again. The input of the
-Linear after attention is kept in a format of 12 bits, E5M6, since attention's own backward needs it too; all its scales
-are powers of two, so that going from 1x128 to 128x1 tiles only moves exponents.
+Linear after attention is rounded to 12 bits, E5M6, since attention's own backward needs it too; all its scales are
+powers of two, so that going from 1x128 to 128x1 tiles only moves exponents. V3 keeps these 12 bits, for both. Here
+attention keeps its output in BF16 anyway, so the Linear keeps that very tensor, no second one, and rounds in backward.
 
 In high precision stay the embedding, the head, the gates, the norms and attention itself (3.3.1). The optimizer's FP32
 weights are the masters: they are quantized once per step, not once per micro-batch. AdamW's moments are BF16. Nobody
@@ -36,8 +37,8 @@ Shapes: N tokens (rows), M x K times N x K in a product, E experts. In tiles: m 
 tile of a ragged dim is smaller, as in the released checkpoints.
 Defined for bad numbers: a tile's scale is at least 2^-126 (a tile of zeros divides by no zero), and a tile that holds a
 NaN or an infinity gets the scale NaN: all of it reads as NaN, and nothing saturates unseen.
-Simplified against V3: the layers that share an input (W_dq and W_dkv) quantize it each for itself; attention keeps its
-output in BF16 besides; E5M6 is held in FP16, of which it is a subset: 16 bits where packing would take 12.
+Simplified against V3: the layers that share an input (W_dq and W_dkv) quantize it each for itself; attention's output
+waits in BF16, 16 bits where V3's take 12.
 """
 from dataclasses import dataclass
 
@@ -73,7 +74,7 @@ if backend.has_triton():
 @dataclass(frozen=True)
 class Recipe:
     """How a Linear, or a stack of experts, runs in FP8."""
-    kept: Format = E4M3                       # in which its input waits for Wgrad
+    kept: Format = E4M3                       # to which its input is rounded for Wgrad
     reference: bool = False                   # plain torch, also where the device has FP8
 
     @property
@@ -142,11 +143,11 @@ class Products(torch.autograd.Function):
         for e, rows in busy(ends):
             gemm(a[rows], w[e], y[rows], recipe.reference)
         if any(ctx.needs_input_grad):
-            if recipe.kept is not E4M3:
-                a = e5m6(x, recipe.reference)
-            elif swiglu:
-                a = quantize(x, recipe.pow2, recipe.reference)
-            ctx.save_for_backward(a.values, a.scale, gate)
+            if recipe.kept is not E4M3:                              # x waits as it is: somebody else keeps it anyway
+                ctx.save_for_backward(x, None, gate)
+            else:
+                a = quantize(x, recipe.pow2, recipe.reference) if swiglu else a
+                ctx.save_for_backward(a.values, a.scale, gate)
             # The W of this forward pass, and the parameter itself, on which a queue may hang.
             ctx.w, ctx.weight, ctx.ends, ctx.recipe, ctx.swiglu = w, weight, ends, recipe, swiglu
         return y
@@ -155,7 +156,8 @@ class Products(torch.autograd.Function):
     def backward(ctx, dy):
         values, scale, gate = ctx.saved_tensors
         weight, ends, recipe, swiglu, dgate = ctx.weight, ctx.ends, ctx.recipe, ctx.swiglu, None
-        x, dy_columns, dx = Quantized(values, scale), {}, dy.new_empty(len(dy), weight.shape[-1])
+        x = e5m6(values, recipe.reference) if scale is None else Quantized(values, scale)
+        dy_columns, dx = {}, dy.new_empty(len(dy), weight.shape[-1])
         w = transpose(ctx.w, recipe.reference)
         for e, rows in busy(ends):
             dy8, dy_columns[e] = quantize_both(dy[rows], recipe.reference)
@@ -310,7 +312,7 @@ def convert(model, reference=False):
         if why and next(module.parameters(recurse=False), None) is not None:
             left[name] = why
         elif hasattr(module, "recipe"):
-            # The Linear after attention: attention's backward keeps the same tensor.
+            # The Linear after attention, whose backward keeps the same tensor.
             module.recipe = Recipe(E5M6 if name.endswith("wo") else E4M3, reference)
             converted.append(name)
     return converted, left

@@ -193,21 +193,21 @@ def linear_torch(x, weight, dtype=None):
 
 
 class Product(torch.autograd.Function):
-    """linear_torch in x's dtype, with a Wgrad that can be put off."""
+    """linear_torch, with a Wgrad that can be put off. x is kept in its own dtype, whichever that of the product is."""
 
     @staticmethod
-    def forward(ctx, x, weight):
-        w = weight.to(x.dtype)
+    def forward(ctx, x, weight, dtype=None):
+        w = weight.to(dtype or x.dtype)
         ctx.save_for_backward(x, w)
         ctx.weight = weight                                              # the parameter itself: the queue hangs on it
-        return F.linear(x, w)
+        return F.linear(x.to(w.dtype), w)
 
     @staticmethod
     def backward(ctx, dy):
         (x, w), weight = ctx.saved_tensors, ctx.weight
-        dx = dy @ w if ctx.needs_input_grad[0] else None
-        wgrad = lambda: (dy.flatten(0, -2).t() @ x.flatten(0, -2)).to(weight.dtype)
-        return dx, weight_gradient(weight, wgrad) if ctx.needs_input_grad[1] else None
+        dx = (dy @ w).to(x.dtype) if ctx.needs_input_grad[0] else None
+        wgrad = lambda: (dy.flatten(0, -2).t() @ x.flatten(0, -2).to(dy.dtype)).to(weight.dtype)
+        return dx, weight_gradient(weight, wgrad) if ctx.needs_input_grad[1] else None, None
 
 
 if backend.has_triton():
@@ -244,12 +244,12 @@ def linear_triton(x, weight, dtype=None):
 MAX_ROWS = 2                                  # on an H100; from 4 rows cuBLAS reads the head faster
 
 
-def linear(x, weight):
-    """x W^T in x's dtype: with gradients Product, without them linear_torch, or for up to MAX_ROWS rows on a GPU
-    linear_triton: 2-5 microseconds for a layer's product where cuBLAS takes 4-6."""
+def linear(x, weight, dtype=None):
+    """linear_torch: with gradients as a Product, without them for up to MAX_ROWS rows on a GPU as linear_triton: 2-5
+    microseconds for a layer's product where cuBLAS takes 4-6."""
     if torch.is_grad_enabled():
-        return Product.apply(x, weight)
-    return (linear_triton if backend.use_decode_kernels(x, MAX_ROWS) else linear_torch)(x, weight)
+        return Product.apply(x, weight, dtype)
+    return (linear_triton if backend.use_decode_kernels(x, MAX_ROWS) else linear_torch)(x, weight, dtype)
 
 
 class SwiGLU(torch.autograd.Function):

@@ -136,6 +136,11 @@ def peak_memory(device):
     return peak if platform.system() == "Darwin" else peak * 1024
 
 
+def multiply_in_parts(x, dtype):
+    """Whether a product of BF16 x in float32 is made of BF16 ones: on a GPU, whose tensor cores multiply these."""
+    return x.is_cuda and x.dtype == torch.bfloat16 and dtype == torch.float32
+
+
 def use_grouped_mm(x):
     """Experts as one grouped matrix product: on a GPU in BF16. On a CPU its backward is slower than a loop."""
     return x.is_cuda and x.dtype == torch.bfloat16

@@ -130,16 +130,20 @@ class AtOnce:
 class Products(torch.autograd.Function):
     """y_r = W_e x_r for the rows r of expert e (figure 6), rows sorted by expert.
 
-    x [R, in], weight float32 [E, out, in], or [out, in] for one expert with all the rows, ends: for each expert the
-    end of its rows -> [R, out] in x's dtype. swiglu: x is [R, 2 in], and its SwiGLU, times the rows' gate weights [R]
-    if they are given, is multiplied; x is what is kept, and the SwiGLU made again in backward.
+    x [..., in] with R rows, weight float32 [E, out, in], or [out, in] for one expert with all the rows, ends: for each
+    expert the end of its rows -> [..., out] in x's dtype. swiglu: x is [..., 2 in], and its SwiGLU, times the rows'
+    gate weights [R] if they are given, is multiplied; x is what is kept, and the SwiGLU made again in backward.
     """
 
     @staticmethod
     def forward(ctx, x, weight, ends, recipe, swiglu=False, gate=None):
+        # Made here and not seen from outside as a view of rows: RoPE turns it in place, and for a view autograd would
+        # copy its gradient twice.
+        out = x.new_empty(*x.shape[:-1], weight.shape[-2])
+        x, y = x.flatten(0, -2), out.flatten(0, -2)
         a = quantize_swiglu(x, gate, recipe.pow2, recipe.reference) if swiglu else \
             quantize(x, recipe.pow2, recipe.reference)
-        w, y = quantized(weight, recipe.reference), x.new_empty(len(x), weight.shape[-2])
+        w = quantized(weight, recipe.reference)
         for e, rows in busy(ends):
             gemm(a[rows], w[e], y[rows], recipe.reference)
         if any(ctx.needs_input_grad):
@@ -150,14 +154,15 @@ class Products(torch.autograd.Function):
                 ctx.save_for_backward(a.values, a.scale, gate)
             # The W of this forward pass, and the parameter itself, on which a queue may hang.
             ctx.w, ctx.weight, ctx.ends, ctx.recipe, ctx.swiglu = w, weight, ends, recipe, swiglu
-        return y
+        return out
 
     @staticmethod
     def backward(ctx, dy):
         values, scale, gate = ctx.saved_tensors
         weight, ends, recipe, swiglu, dgate = ctx.weight, ctx.ends, ctx.recipe, ctx.swiglu, None
         x = e5m6(values, recipe.reference) if scale is None else Quantized(values, scale)
-        dy_columns, dx = {}, dy.new_empty(len(dy), weight.shape[-1])
+        lead, dy, dy_columns = dy.shape[:-1], dy.flatten(0, -2), {}
+        dx = dy.new_empty(len(dy), weight.shape[-1])
         w = transpose(ctx.w, recipe.reference)
         for e, rows in busy(ends):
             dy8, dy_columns[e] = quantize_both(dy[rows], recipe.reference)
@@ -166,7 +171,7 @@ class Products(torch.autograd.Function):
         if swiglu:
             dx, dgate = swiglu_backward(x, dx, gate, recipe.reference)
         dw = lambda grad=None: wgrad(weight, dy_columns, x, ends, recipe, swiglu, gate, grad)
-        return dx, weight_gradient(weight, dw, adds=True), None, None, None, dgate
+        return dx.unflatten(0, lead), weight_gradient(weight, dw, adds=True), None, None, None, dgate
 
 
 def wgrad(weight, dy_columns, x, ends, recipe, swiglu=False, gate=None, grad=None):
@@ -192,21 +197,53 @@ def linear_torch(x, weight, dtype=None):
     return F.linear(x.to(dtype), weight.to(dtype))
 
 
+def parts(x):
+    """float32 -> three tensors of BF16, 8 of its 24 bits each, that add up to it."""
+    out = []
+    for _ in range(3):
+        out.append(x.to(torch.bfloat16))
+        x = x - out[-1]
+    return out
+
+
+def mm(a, b, dtype):
+    """a b for BF16 a, b, as the tensor cores sum it up, in float32, and returned in `dtype`."""
+    return torch.mm(a, b, out_dtype=dtype) if a.is_cuda else (a.float() @ b.float()).to(dtype)
+
+
 class Product(torch.autograd.Function):
-    """linear_torch, with a Wgrad that can be put off. x is kept in its own dtype, whichever that of the product is."""
+    """linear_torch, with a Wgrad that can be put off. x is kept in its own dtype, whichever that of the product is.
+
+    A product in float32 of BF16 x, the gate's, would keep the tensor cores idle: they multiply BF16. In `parts` a
+    float32 factor is three BF16 ones, and three products of them are as exact. Only dx, which is rounded to BF16
+    afterwards, makes do with 16 bits of its factors.
+    """
 
     @staticmethod
     def forward(ctx, x, weight, dtype=None):
-        w = weight.to(dtype or x.dtype)
+        ctx.split = backend.multiply_in_parts(x, dtype)
+        w = weight if ctx.split else weight.to(dtype or x.dtype)
         ctx.save_for_backward(x, w)
         ctx.weight = weight                                              # the parameter itself: the queue hangs on it
+        if ctx.split:
+            y = mm(x.flatten(0, -2), torch.cat(parts(w)).t(), torch.float32)
+            return y.view(*x.shape[:-1], 3, len(w)).sum(-2)
         return F.linear(x.to(w.dtype), w)
 
     @staticmethod
     def backward(ctx, dy):
-        (x, w), weight = ctx.saved_tensors, ctx.weight
-        dx = (dy @ w).to(x.dtype) if ctx.needs_input_grad[0] else None
-        wgrad = lambda: (dy.flatten(0, -2).t() @ x.flatten(0, -2).to(dy.dtype)).to(weight.dtype)
+        (x, w), weight, dx = ctx.saved_tensors, ctx.weight, None
+        rows = dy.flatten(0, -2), x.flatten(0, -2)
+        if ctx.split:
+            three = parts(rows[0])
+            if ctx.needs_input_grad[0]:
+                high, rest, _ = parts(w)
+                dx = mm(torch.cat([*three[:2], three[0]], 1), torch.cat([high, high, rest]), x.dtype).view_as(x)
+            wgrad = lambda: mm(torch.cat(three, 1).t(), rows[1], torch.float32).view(3, *w.shape).sum(0)
+        else:
+            if ctx.needs_input_grad[0]:
+                dx = (dy @ w).to(x.dtype)
+            wgrad = lambda: (rows[0].t() @ rows[1].to(dy.dtype)).to(weight.dtype)
         return dx, weight_gradient(weight, wgrad) if ctx.needs_input_grad[1] else None, None
 
 
@@ -291,9 +328,7 @@ class Linear(nn.Module):
     def forward(self, x, swiglu=False):
         if not self.recipe:
             return linear(SwiGLU.apply(x) if swiglu else x, self.weight)
-        rows = x.flatten(0, -2)                                                               # [N, ...]
-        y = Products.apply(rows, self.weight, [len(rows)], self.recipe, swiglu)
-        return y.unflatten(0, x.shape[:-1])
+        return Products.apply(x, self.weight, [x.shape[:-1].numel()], self.recipe, swiglu)
 
 
 HIGH = {                                      # ends of names that stay in high precision (3.3.1), and why

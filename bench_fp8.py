@@ -70,21 +70,40 @@ def fp8_loss(options):
            runs=runs)
 
 
-def fp8_tiny(options):
-    """The default job with a schedule of 150 steps, in FP32 and in FP8 (the reference), the same seed and data: mean
-    training loss of the last 50 steps, and validation loss."""
-    changes, runs = ["--max_steps=150", "--decay_start=50", "--save_interval=0"], []
-    for precision in ("fp32", "fp8_reference"):
+def tiny_runs(changes, forms):
+    """The default job with `changes`, once for each of `forms`, {name: arguments}: -> (its data, {name: (train lines,
+    eval lines)}), the same seed and data."""
+    runs = {}
+    for name, form in forms.items():
         with tempfile.TemporaryDirectory() as folder:
-            train("configs/tiny.py", *changes, f"--precision={precision}", f"--out_dir={folder}/run")
-            rows, evals = lines(f"{folder}/run")
-            state = read_state(latest(f"{folder}/run"))
-        runs.append({"precision": precision, "loss": statistics.mean(r["loss"] for r in rows[-50:]),
-                     "val_loss": evals[-1]["val_loss"], "losses": checkpoints_of(rows, (50, 100, 150)),
-                     "seconds": rows[-1]["time"]})
-        print(runs[-1], flush=True)
-    record("fp8_tiny", "python bench.py fp8_tiny", changes=changes, data=state["data"], runs=runs,
+            train("configs/tiny.py", *changes, *form, f"--out_dir={folder}/run")
+            runs[name], state = lines(f"{folder}/run"), read_state(latest(f"{folder}/run"))
+    return state["data"], runs
+
+
+def fp8_tiny(options):
+    """The default job with a schedule of 150 steps, in FP32 and in FP8 (the reference): mean training loss of the last
+    50 steps, and validation loss."""
+    changes = ["--max_steps=150", "--decay_start=50", "--save_interval=0"]
+    data, done = tiny_runs(changes, {name: [f"--precision={name}"] for name in ("fp32", "fp8_reference")})
+    runs = [{"precision": name, "loss": statistics.mean(r["loss"] for r in rows[-50:]),
+             "val_loss": evals[-1]["val_loss"], "losses": checkpoints_of(rows, (50, 100, 150)),
+             "seconds": rows[-1]["time"]} for name, (rows, evals) in done.items()]
+    record("fp8_tiny", "python bench.py fp8_tiny", changes=changes, data=data, runs=runs,
            difference=runs[1]["loss"] / runs[0]["loss"] - 1)
+
+
+def moments(options, width=20):
+    """The default job with a schedule of 240 steps, with AdamW's moments in FP32 and in BF16: the training loss over
+    the steps, in means of `width`, and how far apart the two curves come."""
+    changes = ["--max_steps=240", "--decay_start=80", "--save_interval=0"]
+    data, done = tiny_runs(changes, {name: [f"--moments={name}"] for name in ("fp32", "bf16")})
+    curves = {name: [statistics.mean(r["loss"] for r in rows[at:at + width]) for at in range(0, len(rows), width)]
+              for name, (rows, _) in done.items()}
+    apart = [b / a - 1 for a, b in zip(*curves.values())]
+    record("moments", "python bench.py moments", changes=changes, data=data, width=width, curves=curves,
+           most_apart=max(apart, key=abs), end=apart[-1],
+           val_loss={name: evals[-1]["val_loss"] for name, (_, evals) in done.items()})
 
 
 V3_LINEARS = {                                # in, out: section 4.2's dims
@@ -281,8 +300,8 @@ def fp8_prepare(part, *dims):
 
 
 def fp8_on_a_gpu(options):
-    needs_fp8("fp8")
     parts = chosen(options, "parts", FP8_PARTS)
+    needs_fp8("fp8")
     jobs = {"products": [*V3_LINEARS.values(), (8192, 8192)], "few": FEW_ROWS[::3], "linears": V3_LINEARS.values(),
             "square": SQUARES.values(), "quantization": [()]}
     compiled_beside(fp8_prepare, [(part, *dims) for part in parts for dims in jobs.get(part, ())])

@@ -24,7 +24,7 @@ if backend.has_triton():
 
     from experts import tile_of
     from fp8_gemm import load_tile, store_tile
-    from fp8_tiles import largest, neighbours, scale_of, sigmoid, to_e4m3, turned
+    from fp8_tiles import largest, neighbours, scale_of, sigmoid, tile_at, to_e4m3, turned
 
 
 # --- in FP8 -----------------------------------------------------------------------------------------------------------
@@ -35,30 +35,32 @@ if backend.has_triton():
     @triton.jit
     def gather8_kernel(x, x_scale, pair, expert, row, row_scale, column, column_scale, N, R, D: tl.constexpr,
                        K: tl.constexpr, QUANTIZED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-                       BLOCK_M: tl.constexpr, APART: tl.constexpr):
-        """BLOCK_M x 128 of the rows of x, plain or QUANTIZED in 1x128 tiles: written in 1x128 tiles and (BLOCK_M = 128)
-        transposed in 128x1 tiles. Rows that are nobody's are zeros. APART: see fp8_tiles.quantize_kernel."""
-        if tl.load(expert + tl.program_id(0) * BLOCK_M // 128) >= 0:
+                       BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, APART: tl.constexpr):
+        """fp8_tiles.quantize_kernel of the rows of x, plain or QUANTIZED in 1x128 tiles. Rows that are nobody's are
+        zeros."""
+        i, j = tile_at(R // BLOCK_M, tl.cdiv(D, BLOCK_D), COLUMNS)
+        if tl.load(expert + i * BLOCK_M // 128) >= 0:
             order = neighbours(BLOCK_M, APART) if COLUMNS else tl.arange(0, BLOCK_M)
-            r, d = tl.program_id(0) * BLOCK_M + order, tl.program_id(1) * 128 + tl.arange(0, 128)
+            r, d = i * BLOCK_M + order, j * BLOCK_D + tl.arange(0, BLOCK_D)
             p = tl.load(pair + r)
             n, inside = (p // K).to(tl.int64), (p >= 0)[:, None] & (d < D)[None, :]
             tile = tl.load(x + n[:, None] * D + d[None, :], mask=inside, other=0.0)
             if QUANTIZED:
-                scale = tl.load(x_scale + tl.program_id(1) * N + n, mask=p >= 0, other=0.0)
+                scale = tl.load(x_scale + (j * BLOCK_D // 128).to(tl.int64) * N + n, mask=p >= 0, other=0.0)
             else:
                 tile = tile.to(tl.float32)
-                scale = scale_of(largest(tile, 1), False)
+                if ROWS:
+                    scale = scale_of(largest(tile, 1), False)
             r, there = r.to(tl.int64), (d < D)[None, :]
             if ROWS:
-                tl.store(row_scale + tl.program_id(1).to(tl.int64) * R + r, scale)
+                tl.store(row_scale + j.to(tl.int64) * R + r, scale)
                 values = tile if QUANTIZED else to_e4m3(tile, scale[:, None])
                 tl.store(row + r[:, None] * D + d[None, :], values, mask=there)
             if COLUMNS:
                 tile = tile.to(tl.float32) * scale[:, None] if QUANTIZED else tile
                 scale = scale_of(largest(tile, 0), False)
-                tl.store(column_scale + tl.program_id(0).to(tl.int64) * D + d, scale, mask=d < D)
-                r = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+                tl.store(column_scale + i.to(tl.int64) * D + d, scale, mask=d < D)
+                r = i.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
                 tl.store(column + d.to(tl.int64)[:, None] * R + r[None, :],
                          turned(to_e4m3(tile, scale[None, :]), BLOCK_M, APART), mask=(d < D)[:, None])
 
@@ -319,12 +321,13 @@ def gather8_triton(x, plan, rows=True, columns=False):
     q = isinstance(x, Quantized)
     (N, D), R, K = (x.values if q else x).shape, len(plan.pair), plan.row.shape[1]
     x, x_scale = (x.values, x.scale) if q else (x, x)
-    k, BLOCK_M = triton.cdiv(D, BLOCK), BLOCK if columns else 32
-    row = (empty(R, D, device=x.device), scales(k, R, x)) if rows else None
+    BLOCK_M, BLOCK_D, warps = BLOCK if columns else 32, BLOCK if rows else 64, 8 if rows and columns else 4
+    row = (empty(R, D, device=x.device), scales(triton.cdiv(D, BLOCK), R, x)) if rows else None
     column = (empty(D, R, device=x.device), scales(R // BLOCK, D, x)) if columns else None
     a, b = row or column, column or row                                   # what is not asked for is not written
-    gather8_kernel[R // BLOCK_M, k](x, x_scale, plan.pair, plan.expert, *a, *b, N, R, D, K, q, rows, columns, BLOCK_M,
-                                    32 // x.element_size(), num_warps=8 if columns else 4)
+    gather8_kernel[R // BLOCK_M * triton.cdiv(D, BLOCK_D),](
+        x, x_scale, plan.pair, plan.expert, *a, *b, N, R, D, K, q, rows, columns, BLOCK_M, BLOCK_D,
+        warps * 32 * 16 // (BLOCK_D * x.element_size()), num_warps=warps)
     return row, column
 
 

@@ -212,6 +212,13 @@ if backend.has_triton():
         return tl.trans(tile, 2, 1, 0).reshape(tile.shape[2], ROWS)
 
     @triton.jit
+    def tile_at(ROWS, COLUMNS, DOWN: tl.constexpr):
+        """(row, column) of this program's tile, of ROWS x COLUMNS: one column after the other if DOWN."""
+        if DOWN:
+            return tl.program_id(0) % ROWS, tl.program_id(0) // ROWS
+        return tl.program_id(0) // COLUMNS, tl.program_id(0) % COLUMNS
+
+    @triton.jit
     def norm_kernel(x, weight, r, row, row_scale, M, K, eps, x_stride, row_stride, ROWS: tl.constexpr,
                     POW2: tl.constexpr, TILES: tl.constexpr):
         """1 / rms of a row of x, and (ROWS) what RMSNorm makes of it in 1x128 tiles."""
@@ -231,14 +238,15 @@ if backend.has_triton():
     def quantize_kernel(x, x_scale, weight, r, row, row_scale, column, column_scale, M, K, x_stride, x_scale_m,
                         x_scale_k, row_stride, column_stride, SCALED: tl.constexpr, BEFORE: tl.constexpr,
                         ROWS: tl.constexpr, COLUMNS: tl.constexpr, POW2: tl.constexpr, BLOCK_M: tl.constexpr,
-                        APART: tl.constexpr):
-        """BLOCK_M x 128 of before(x): read once, written in 1x128 tiles and (BLOCK_M = 128) transposed in 128x1."""
+                        BLOCK_K: tl.constexpr, APART: tl.constexpr):
+        """BLOCK_M x BLOCK_K of before(x): read once, written in 1x128 tiles (BLOCK_K = 128) and (BLOCK_M = 128)
+        transposed in 128x1. Programs that run together write along the rows, of x or of its transpose."""
+        i, j = tile_at(tl.cdiv(M, BLOCK_M), tl.cdiv(K, BLOCK_K), COLUMNS)
         order = neighbours(BLOCK_M, APART) if COLUMNS else tl.arange(0, BLOCK_M)
-        m = tl.program_id(0).to(tl.int64) * BLOCK_M + order
-        k = tl.program_id(1).to(tl.int64) * 128 + tl.arange(0, 128)
+        m, k = i.to(tl.int64) * BLOCK_M + order, j.to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
         inside = (m < M)[:, None] & (k < K)[None, :]
         x += m[:, None] * x_stride + k[None, :]
-        x_scale += m * x_scale_m + tl.program_id(1) * x_scale_k
+        x_scale += m * x_scale_m + j * BLOCK_K // 128 * x_scale_k
         tile = tl.load(x, mask=inside, other=0.0).to(tl.float32)
         if SCALED:
             tile *= tl.load(x_scale, mask=m < M, other=0.0)[:, None]
@@ -254,13 +262,13 @@ if backend.has_triton():
                 tile *= tl.load(weight + m, mask=m < M, other=0.0).to(tl.float32)[:, None]
         if ROWS:
             scale = scale_of(largest(tile, 1), POW2)
-            tl.store(row_scale + tl.program_id(1) * M + m, scale, mask=m < M)
+            tl.store(row_scale + j * M + m, scale, mask=m < M)
             tl.store(row + m[:, None] * row_stride + k[None, :], to_e4m3(tile, scale[:, None]), mask=inside)
         if COLUMNS:
             scale = scale_of(largest(tile, 0), POW2)
-            tl.store(column_scale + tl.program_id(0) * K + k, scale, mask=k < K)
+            tl.store(column_scale + i * K + k, scale, mask=k < K)
             q = turned(to_e4m3(tile, scale[None, :]), BLOCK_M, APART)
-            m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+            m = i.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
             tl.store(column + k[:, None] * column_stride + m[None, :], q, mask=(k < K)[:, None] & (m < M)[None, :])
 
     @triton.jit
@@ -294,14 +302,15 @@ def launch(x, M, K, pow2, rows, columns, before=None, weight=None, r=None):
     """quantize_kernel on before(x), an M x K matrix -> its 1x128 tiles or None, its 128x1 tiles or None."""
     q = x if isinstance(x, Quantized) else None
     x = q.values if q else x if x.stride(1) == 1 else x.contiguous()
-    m, k, BLOCK_M = triton.cdiv(M, BLOCK), triton.cdiv(K, BLOCK), BLOCK if columns else 32
+    m, k = triton.cdiv(M, BLOCK), triton.cdiv(K, BLOCK)
+    BLOCK_M, BLOCK_K = BLOCK if columns else 32, BLOCK if rows else 64      # smaller: more programs on a multiprocessor
     row = Quantized(empty(M, K, device=x.device), tile_scales(M, k, x.device)) if rows else None
     column = Quantized(empty(K, M, device=x.device), tile_scales(K, m, x.device)) if columns else None
     a, b, s = row or column, column or row, q.scale if q else x            # what is not asked for is not written
-    APART = 16 // x.element_size()                                         # 128 threads load 16 bytes of a row each
-    quantize_kernel[triton.cdiv(M, BLOCK_M), k](
+    APART = 128 * 16 // (BLOCK_K * x.element_size())                       # 128 threads load 16 bytes of a row each
+    quantize_kernel[triton.cdiv(M, BLOCK_M) * triton.cdiv(K, BLOCK_K),](
         x, s, weight, r, a.values, a.scale, b.values, b.scale, M, K, x.stride(0), *s.stride(), a.values.stride(0),
-        b.values.stride(0), q is not None, before, rows, columns, pow2, BLOCK_M, APART, num_warps=4)
+        b.values.stride(0), q is not None, before, rows, columns, pow2, BLOCK_M, BLOCK_K, APART, num_warps=4)
     return row, column
 
 

@@ -17,6 +17,8 @@
     fp8_loss    char in FP32, BF16 and FP8 (the reference): python bench.py fp8_loss --data=FILE
     pipeline    every schedule executed with stages that sleep, against its simulation and torch.distributed.pipelining
     overlap     what a pair of DualPipe's chunks hides on one GPU: V3's blocks, copies in place of the network
+    cluster     2, 4 or 8 GPUs: parity, exchanges, overlap, scaling, a rank that dies; --parts=A,B takes some of these,
+                --device=cpu shows on two processes that it runs
     fp8         FP8's quantization, products, Linears and optimizer against torch's, at V3's shapes (a Hopper GPU);
                 --parts=products,few,linears,square,adamw,quantization runs some of it, and leaves the others' results
     layer       one MoE layer of V3 as one GPU of 64 has it: FP8 against BF16 (a Hopper GPU)
@@ -47,6 +49,7 @@ import torch
 import configs
 import sample
 from backend import use_graph
+from bench_cluster import cluster_of_gpus
 from bench_fp8 import fp8_error, fp8_loss, fp8_on_a_gpu, fp8_quality, fp8_tiny, moments
 from bench_mla import attention, decode
 from bench_moe import layer, moe_on_a_gpu, step
@@ -328,7 +331,10 @@ def loads(options):
 SECTIONS = {"tiny": tiny, "char": char, "ablations": ablations, "speculation": speculation, "loads": loads,
             "attention": attention, "decode": decode, "moe": moe_on_a_gpu, "step": step, "fp8_error": fp8_error,
             "fp8_tiny": fp8_tiny, "moments": moments, "fp8_loss": fp8_loss, "fp8": fp8_on_a_gpu, "layer": layer,
-            "fp8_quality": fp8_quality, "pipeline": pipeline, "overlap": overlap, "readme": readme}
+            "fp8_quality": fp8_quality, "pipeline": pipeline, "overlap": overlap, "cluster": cluster_of_gpus,
+            "readme": readme}
+OPTIONS = {"data": "FILE", "nanogpt": "DIR", "out_dir": "RUN", "seeds": "N", "repeats": "N", "parts": "A,B",
+           "shapes": "A,B", "device": "cpu"}
 
 
 def main(argv):
@@ -340,10 +346,8 @@ def main(argv):
     options = {}
     for arg in argv[1:]:
         key, equals, value = arg.removeprefix("--").partition("=")
-        if not arg.startswith("--") or not equals or key not in ("data", "nanogpt", "out_dir", "parts", "seeds",
-                                                                          "shapes", "repeats"):
-            raise UserError(f"{arg}: options are --data=FILE --nanogpt=DIR --out_dir=RUN --parts=A,B --shapes=A,B "
-                            f"--seeds=N --repeats=N")
+        if not arg.startswith("--") or not equals or key not in OPTIONS:
+            raise UserError(f"{arg}: options are {' '.join(f'--{name}={value}' for name, value in OPTIONS.items())}")
         if key in ("seeds", "repeats") and not (value.isdigit() and int(value)):
             raise UserError(f"{arg}: a whole number from 1 up")
         options[key] = value

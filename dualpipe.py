@@ -401,6 +401,8 @@ class DualPipe:
         self.owned = [p for p in trained(self.stages if kind == "dualpipev" else self.stages[:1])
                       if id(p) not in elsewhere]
         self.overlap = overlap
+        if self.ranks > 1:                                       # NCCL connects a group when all of it first sends
+            dist.all_reduce(like.new_zeros(1), group=self.group)
         self.plans = {}                                          # (micro-batches, training) -> (steps, exchanges)
 
     def step(self, microbatches, inputs=None, labels=None):
@@ -509,15 +511,19 @@ class DualPipe:
 
     def backward(self, part, dir, mb):
         """From a chunk's last segment to its first. The W's wait in `late`: in an I for their own step, in a B until
-        something travels. (Without cuts nothing does, and each dW is computed in its place.)"""
+        something travels, every second one until the other chunk's segment is over too: then it has sent its own tokens
+        the earlier, and they as well have a W to hide behind. (Without cuts nothing travels, and each dW is computed in
+        its place.)"""
         x, roots, one, cuts = self.held.pop((dir, mb))
-        late = deque()
+        late = []
         queue = late if part == "I" or cuts else None
         self.differentiate(roots, [self.arrived.pop(("B", dir, mb), None), one], queue)
         while cuts:
             if part == "B":
-                self.work_off(late)
+                self.work_off(late, step=2)
             yield
+            if part == "B":
+                self.work_off(late)
             places, segment = cuts.pop()
             self.differentiate(places, [getattr(leaf, "grad", None) for leaf in segment], queue)
         self.give("B", dir, mb, x.grad)
@@ -531,9 +537,10 @@ class DualPipe:
         yield from ()                                                            # a generator, as the other two
 
     @torch.no_grad()
-    def work_off(self, late):
-        while late:
-            late.popleft()()
+    def work_off(self, late, step=1):
+        """Compute what was put off, or every second of it, from the last; what a dW needs is free when it is done."""
+        for i in range(len(late) - 1, -1, -step):
+            late.pop(i)()
 
     def differentiate(self, ends, grads, queue):
         """The backward of a segment from those ends that have a gradient; each dW goes to `queue`, or with None to its

@@ -365,14 +365,19 @@ class ExpertRanks:
     between: "dist.ProcessGroup" = None       # the ranks with its local index, one of each node; None: one node
     inside: "dist.ProcessGroup" = None        # the ranks of its node; None: one rank a node
     fp8: bool = False                         # dispatch in E4M3, scales powers of two (3.3.3); combine, gradients not
+    device: torch.device = torch.device("cpu")                                                # where the tokens are
     bytes_sent: dict = field(default_factory=lambda: {"between": 0, "inside": 0})             # to others than oneself
 
     def __post_init__(self):
         # Exchanges run on a thread (and a GPU's stream) of their own, one after the other in the order in which they
         # are started, which is the same on all ranks. So a pipeline can compute meanwhile, and nobody else waits for
-        # the GPU to say how many rows go where.
-        self.thread = ThreadPoolExecutor(1)
-        self.stream = torch.cuda.Stream() if torch.cuda.is_available() else None
+        # the GPU to say how many rows go where. A thread begins on the machine's first GPU, which may not be ours. The
+        # stream goes before arithmetic that waits for a place on the GPU: an exchange takes little of it, and long.
+        self.stream, ours = None, {}
+        if self.device.type == "cuda":
+            self.stream = torch.cuda.Stream(self.device, priority=-1)
+            ours = {"initializer": torch.cuda.set_device, "initargs": (self.device,)}
+        self.thread = ThreadPoolExecutor(1, **ours)
 
 
 def tell(group, counts):

@@ -371,7 +371,8 @@ def test_on_a_gpu_a_rank_that_sends_to_itself_computes_the_layer(names, tmp_path
         moe = mixture(dim=256, moe_inter_dim=64, **GROUPS).cuda()
         x, dy = torch.randn(2, 1, 2000, 256, device="cuda").bfloat16()
         results = []
-        for ranks in (None, ExpertRanks(1, 1, 0, **dict.fromkeys(names, dist.group.WORLD))):
+        here = dict(dict.fromkeys(names, dist.group.WORLD), device=x.device)
+        for ranks in (None, ExpertRanks(1, 1, 0, **here)):
             moe.ranks = ranks
             for _ in range(5 if ranks else 1):
                 moe.zero_grad()

@@ -1,5 +1,6 @@
 """bench.py fp8, fp8_error, fp8_tiny, fp8_loss and fp8_quality: what FP8 gains, and what it costs."""
 import math
+import os
 import shutil
 import statistics
 import subprocess
@@ -323,28 +324,34 @@ def torch_sources(folder):
     return folder
 
 
-def fp8_quality(options, limit=285):
-    """configs/gpu.py, 32 sequences a step, in BF16, in BF16 with another seed (what a difference may be worth), and in
-    FP8 with moments in BF16, at the same time on one GPU: the training loss, and its mean over the last 100 steps that
-    all three have done within `limit` seconds. --data=FOLDER: other text than torch's own sources."""
+def fp8_quality(options, limit=220):
+    """configs/gpu.py, 1000 steps of 32 sequences, in BF16, in BF16 with another seed (what a difference may be worth),
+    and in FP8 with moments in BF16, at the same time, spread over the GPUs that there are: the training loss, and its
+    mean over the last 100 steps that all three have done within `limit` seconds. --data=FOLDER: other text than torch's
+    own sources."""
     needs_fp8("fp8_quality")
     jobs = {"BF16": ["--precision=bf16"], "BF16, another seed": ["--precision=bf16", "--seed=1338"],
             "FP8": ["--precision=fp8", "--moments=bf16"]}
+    count = torch.cuda.device_count()
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")
     with tempfile.TemporaryDirectory() as folder:
         data = options.get("data") or torch_sources(f"{folder}/torch")
         common = ["configs/gpu.py", f"--data={data}", "--batch_size=32", "--eval_interval=0", "--save_interval=0"]
+        identity = Data(configs.load(common)).identity                            # once, for the three to find
 
         def one(job):
             number, changes = job
             try:
-                train(*common, *changes, f"--out_dir={folder}/{number}", limit=limit, OMP_NUM_THREADS="4")
+                train(*common, *changes, f"--out_dir={folder}/{number}", limit=limit, OMP_NUM_THREADS="4",
+                      CUDA_VISIBLE_DEVICES=gpus[number % count])
             except subprocess.TimeoutExpired:
                 print(f"{' '.join(changes)}: cut off after {limit} s", flush=True)
-            return lines(f"{folder}/{number}")
+            return lines(f"{folder}/{number}") if Path(folder, str(number), "metrics.jsonl").is_file() else ([], [])
         with ThreadPoolExecutor(len(jobs)) as pool:
             done = list(pool.map(one, enumerate(jobs.values())))
-        identity = Data(configs.load(common)).identity                                         # from the cache by now
     steps, runs = min(len(rows) for rows, _ in done), []
+    if not steps:
+        raise UserError(f"bench.py fp8_quality: one of the runs has not done a step within {limit} s")
     for (name, changes), (rows, evals) in zip(jobs.items(), done):
         loss = statistics.mean(r["loss"] for r in rows[:steps][-100:])
         first = runs[0]["loss"] if runs else loss
@@ -353,4 +360,5 @@ def fp8_quality(options, limit=285):
                      "tokens_per_s": statistics.median(r["tokens_per_s"] for r in rows),
                      "curve": [round(r["loss"], 5) for r in rows[:steps]]})
         print({k: v for k, v in runs[-1].items() if k != "curve"}, flush=True)
-    record("fp8_quality", "python bench.py fp8_quality", steps=steps, data=identity, runs=runs)
+    record("fp8_quality", "python bench.py fp8_quality", steps=steps, gpus=min(count, len(jobs)), data=identity,
+           runs=runs)

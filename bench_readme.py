@@ -155,7 +155,7 @@ def tables():
             *(f"| {r['name']} | {r['loss']:.4f} | {r['difference']:+.2%} | "
               + (f"{r['val_loss']:.4f}" if r["val_loss"] else "-") + f" | {r['tokens_per_s']:,.0f} |"
               for r in quality["runs"]), "",
-            f"{quality['gpu']}, the three at once, {quality['steps']} steps of 32 sequences.", "",
+            f"{quality['gpus']} x {quality['gpu']}, the three at once, {quality['steps']} steps of 32 sequences.", "",
             "![loss in BF16 and FP8, and their distance](results/fp8_quality.png)"])
     if small:
         whole, low8 = small["runs"]

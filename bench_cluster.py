@@ -21,6 +21,7 @@ import tempfile
 import time
 import traceback
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -40,7 +41,7 @@ import train
 from bench_pipeline import Pairs, lanes, longest
 from configs import UserError
 from fp8 import AtOnce
-from measure import HERE, lines, load, record
+from measure import HERE, chosen, kept, lines, record
 from model import arithmetic, official_tensors
 from parallel import write_atomic
 
@@ -355,9 +356,10 @@ def exchange(job, case):
                         for hop, t in messages]
 
     sent, (tokens, _) = dispatched()
-    out = {}
-    for name, run, wire in (("dispatch", dispatched, alone(sent, True)),
-                            ("combine", lambda: sent.back(tokens), alone(sent, False))):
+    ways, out = [("dispatch", dispatched, alone(sent, True))], {}
+    if not members.fp8:                                                        # a combine is in BF16 either way
+        ways.append(("combine", lambda: sent.back(tokens), alone(sent, False)))
+    for name, run, wire in ways:
         before = sum(members.bytes_sent.values())
         run()
         out[name] = {"bytes": sum(members.bytes_sent.values()) - before, "seconds": job.seconds(run)}
@@ -375,10 +377,10 @@ def measure_exchange(world, device, folder):
         print(f"  the link: all-to-all {out['link']['all_to_all'] / 1e9:.1f} GB/s a rank, send and receive "
               f"{out['link']['send_receive'] / 1e9:.1f}", flush=True)
     for case, results in done.items():
-        for name in ("dispatch", "combine") if case != "link" else ():
+        for name in results[0] if case != "link" else ():
             r = {key: max(result[name][key] for result in results) for key in results[0][name]}
-            out["rows"].append({"shape": case.split(", ")[0], "what": name, "dtype": case.split(", ")[1]
-                                if name == "dispatch" else "bf16", **r})
+            shape, dtype = case.split(", ")
+            out["rows"].append({"shape": shape, "what": name, "dtype": dtype, **r})
             print(f"  {case:12} {name:9} {r['bytes'] / 1e6:7.2f} MB  {r['seconds'] * 1e3:6.3f} ms  "
                   f"{r['bytes'] / r['seconds'] / 1e9:6.1f} GB/s; the all-to-all alone {r['wire_seconds'] * 1e3:6.3f} "
                   f"ms, {r['wire_bytes'] / r['wire_seconds'] / 1e9:6.1f} GB/s", flush=True)
@@ -479,7 +481,7 @@ def scaling_config(small, world, case):
 
 def step(c, mesh, device, parts, tokens):
     """train.run's step on random tokens: (seconds, seconds of forward and backward)."""
-    modules, pipe, shares, counters, optimizer = parts
+    modules, pipe, micro_batch, shares, counters, optimizer = parts
     gates = [gate for module in modules for gate in module.gates()]
     totals = [c.batch_size * c.seq_len] * (c.n_mtp + 1), c.batch_size
     mesh.most(0)
@@ -488,7 +490,7 @@ def step(c, mesh, device, parts, tokens):
         ranks.pipelined(c, pipe, tokens, totals, c.mtp_weight)
     else:
         for micro in tokens.split(c.micro_batch_size):
-            modules[0].loss(micro, totals=totals)[0].backward()
+            micro_batch(micro, totals, c.mtp_weight)
     if device.type == "cuda":
         torch.cuda.synchronize()
     computed = time.perf_counter() - began
@@ -529,36 +531,39 @@ def timed_steps(pipe, device):
 
 def scaling(job, case):
     """A few training steps: seconds, the peak of memory; of a pipeline what it took and what `simulate` says of the
-    mean durations of its steps. Alone on a GPU: bench_1b on rank 0's and, at the same time, its sibling on rank 1's."""
+    mean durations of each rank's steps. Alone: bench_1b on the GPU of rank 0 and, at the same time, its sibling on that
+    of rank 1."""
     if case == "4x, 1 GPU" or case == "1 GPU" and job.rank > 1:
         return None
     alone = case == "1 GPU"
     c = scaling_config(job.small, job.world, "4x, 1 GPU" if alone and job.rank else case)
     mesh = parallel.Mesh().arrange(c, {c.batch_size}) if alone else job.connect(c, case)
     ranks.check(c, mesh)
-    device, steps = job.device, 2 if job.small else 4
+    device, steps = job.device, 1 if job.small else 3
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     modules, pipe = ranks.build(c, device, mesh, False)
     shares, counters = ranks.replicas(c, mesh, modules, pipe)
-    parts = modules, pipe, shares, counters, train.make_optimizer(c, shares.updated.values())
+    optimizer = train.make_optimizer(c, shares.updated.values())
     for p in modules[0].parameters() if not pipe else ():
         p.queue = AtOnce()
+    recorded = backend.training_graph(device, c)[0] == "CUDA graph"
+    micro_batch = train.Recorded(modules[0]) if recorded else partial(train.forward_backward, modules[0])
+    parts = modules, pipe, micro_batch, shares, counters, optimizer
     tokens = torch.randint(c.vocab_size, (c.batch_size // mesh.dp, c.seq_len + 1 + c.n_mtp), device=device)
-    step(c, mesh, device, parts, tokens)                                       # kernels are compiled, memory is taken
+    for _ in range(2):                         # kernels are compiled, memory is taken, then graphs are recorded
+        step(c, mesh, device, parts, tokens)
     spans = timed_steps(pipe, device) if pipe else []
-    times = [step(c, mesh, device, parts, tokens) for _ in range(steps - 1)]
+    times = [step(c, mesh, device, parts, tokens) for _ in range(steps)]
     seconds, computed = (statistics.median(column) for column in zip(*times))
     out = {"seconds": seconds, "computed": computed, "tokens": c.batch_size * c.seq_len,
            "peak_bytes": backend.peak_memory(device)}
     if pipe:
-        found = mesh.gather([(kind, ms()) for kind, ms in spans])
-        mean = {kind: statistics.mean(ms for spans in found for k, ms in spans if k == kind) / 1e3
-                for kind in {kind for spans in found for kind, _ in spans}}
+        mean = {kind: statistics.mean(ms() for k, ms in spans if k == kind) / 1e3 for kind in {k for k, _ in spans}}
+        out["durations"] = mesh.gather(mean)[::mesh.dp]                        # of each rank of the first pipeline
+        F, B, W, FB = ([mean.get(kind) for mean in out["durations"]] for kind in ("F", "B", "W", "FB"))
         lists = [dualpipe.schedule(c.pipeline, c.pp, r, len(tokens) // c.micro_batch_size) for r in range(c.pp)]
-        out["durations"], B = mean, mean["B"]
-        out["simulated"] = dualpipe.simulate(c.pipeline, lists, mean["F"], B, mean.get("W", 0.0), mean.get("FB"))[
-            "makespan"]
+        out["simulated"] = dualpipe.simulate(c.pipeline, lists, F, B, [w or 0.0 for w in W], FB)["makespan"]
     return out
 
 
@@ -665,21 +670,20 @@ SECTIONS = {"parity": measure_parity, "exchange": measure_exchange, "overlap": m
 
 def cluster_of_gpus(options):
     device = options.get("device", "cuda" if torch.cuda.is_available() else "cpu")
+    if device not in ("cuda", "cpu"):
+        raise UserError(f"--device={device}: there are cuda and cpu")
     have = torch.cuda.device_count() if device == "cuda" else 2
     world = max((n for n in (2, 4, 8) if n <= have), default=0)
     if not world:
-        raise UserError(f"bench.py cluster: {have} GPU here, at least 2 are needed; --device=cpu shows it on two "
-                        f"processes")
-    chosen = options.get("parts", ",".join(SECTIONS)).split(",")
-    if unknown := [name for name in chosen if name not in SECTIONS]:
-        raise UserError(f"--parts={options['parts']}: {unknown[0]!r} is none of {', '.join(SECTIONS)}")
-    name = "cluster" if device == "cuda" else "cluster_cpu"
-    numbers = {part: value for part, value in (load(name) or {}).items() if part in SECTIONS and part not in chosen}
+        raise UserError(f"bench.py cluster: at least 2 GPUs are needed, and here is {have}; --device=cpu shows it on "
+                        f"two processes")
+    parts, name = chosen(options, "parts", SECTIONS), "cluster" if device == "cuda" else "cluster_cpu"
+    numbers = kept(name, *(part for part in SECTIONS if part not in parts))
     with tempfile.TemporaryDirectory() as folder:
         folder, began = Path(folder), time.time()
         warming = [Ranks("warm", {i: case}, 1, device, folder, i % world) for i, case in
                    enumerate(("bf16", "bench_1b", *fp8_too(device)))] if device == "cuda" else []
-        for part in chosen:
+        for part in parts:
             started = time.time()
             print(f"{part}, from second {started - began:.0f}:", flush=True)
             if part in ("exchange", "overlap", "scaling"):                     # which are timed

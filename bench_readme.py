@@ -27,6 +27,58 @@ def clusters():
     return "\n".join(lines)
 
 
+def many_ranks(m):
+    """What bench.py cluster has measured, part by part."""
+    where = f"{m['gpus']} x {m['gpu']}" if m["gpu"] else f"{m['gpus']} processes of {m['cpu']}"
+    out = [f"{where}, torch {m['torch']}."]
+    if "parity" in m:
+        rows = m["parity"]["rows"]
+        find = lambda layout, precision: next((f"{r['loss']:.0e} | {r['weights']:.0e} | {r['gradients']:.0e}"
+                                               for r in rows if (r["layout"], r["precision"]) == (layout, precision)),
+                                              " | | ")
+        out += ["", f"| {m['parity']['steps']} steps of a small V3 against one rank | FP32: losses | weights | "
+                    "gradients of step 1 | BF16: losses | weights | gradients |", "|---|---|---|---|---|---|---|",
+                *(f"| {layout} | {find(layout, 'fp32')} | {find(layout, 'bf16')} |"
+                  for layout in dict.fromkeys(r["layout"] for r in rows)),
+                "", "Relative differences: of the worst step, of all weights together, of the worst gradient."]
+    if "exchange" in m:
+        e = m["exchange"]
+        out += ["", f"| what experts send, {e['tokens']:,} tokens of V3 | nodes x ranks | MB to others | ms | GB/s | "
+                    "the all-to-all alone, GB/s |", "|---|---|---|---|---|---|",
+                *(f"| {r['what']}, {r['dtype'].upper()} | {r['shape']} | {r['bytes'] / 1e6:.1f} | "
+                  f"{r['seconds'] * 1e3:.2f} | {r['bytes'] / r['seconds'] / 1e9:.0f} | "
+                  f"{r['wire_bytes'] / r['wire_seconds'] / 1e9:.0f} |" for r in e["rows"])]
+        if "link" in e:
+            out += ["", f"The link, measured with large messages: {e['link']['all_to_all'] / 1e9:.0f} GB/s a rank in "
+                        f"an all-to-all, {e['link']['send_receive'] / 1e9:.0f} from neighbour to neighbour. A dispatch "
+                        f"also learns how many rows come, copies its rows together, and sends their weights."]
+    if "overlap" in m:
+        o = m["overlap"]
+        out += ["", "| a pair of chunks, two of V3's layers each | in turns, ms | one after the other | without "
+                    "exchanges | exchanges under kernels |", "|---|---|---|---|---|",
+                *(f"| {r['precision'].upper()} | {r['in_turns_ms']:.1f} | {r['one_after_the_other_ms']:.1f} | "
+                  f"{r['without_ms']:.1f} | {r['under_kernels']:.0%} |" if "under_kernels" in r else
+                  f"| {r['precision'].upper()} | {r['in_turns_ms']:.1f} | {r['one_after_the_other_ms']:.1f} | "
+                  f"{r['without_ms']:.1f} | |" for r in o["rows"])]
+        if "timeline" in o:
+            out += ["", "![two pairs on several GPUs: arithmetic and exchanges](results/cluster.png)"]
+    if "scaling" in m:
+        share = lambda x: f"{x:.0%}" if x else ""
+        out += ["", "| model, parameters | ranks | tokens/s | MFU | of one GPU's tokens/s, each | memory of a GPU, GB "
+                    "| planned | makespan against simulated |", "|---|---|---|---|---|---|---|---|",
+                *(f"| {r['model']}, {r['parameters'] / 1e9:.2f}B | {r['layout']} | {r['tokens_per_s']:,.0f} | "
+                  f"{share(r['mfu'])} | {share(r['efficiency'])} | {r['peak_bytes'] / 1e9:.1f} | "
+                  f"{r['planned_bytes'] / 1e9:.1f} | "
+                  + (f"{r['computed'] / r['simulated'] - 1:+.1%}" if "simulated" in r else "") + " |"
+                  for r in m["scaling"]["rows"])]
+    if "restart" in m and m["restart"]["code"] == 0:
+        r = m["restart"]
+        out += ["", f"A rank killed in step 13 of 20, under `torchrun --max-restarts=1`: the job went on from "
+                    f"{r['resumed']} by itself, {r['seconds']:.0f} s in all"
+                    + (f"; the losses of all steps are one rank's to {r['loss']:.0e}." if "loss" in r else ".")]
+    return "\n".join(out)
+
+
 def tables():
     """{name of a marked place in the README: its text}, from the committed results."""
     t, c, a, d, s = load("tiny"), load("char"), load("ablations"), load("decode"), load("speculation")
@@ -167,6 +219,9 @@ def tables():
             f"The default job, cut to {bf16['width'] * len(bf16['curves']['fp32'])} steps, on a CPU: with BF16 moments "
             f"the training loss, in means of {bf16['width']} steps, is never more than {abs(bf16['most_apart']):.2%} "
             f"from that with FP32 ones, and {bf16['end']:+.2%} at the end.")
+    if m := load("cluster"):
+        out["many"] = many_ranks(m)
+    out.setdefault("many", "(Not measured yet: `python bench.py cluster`.)")
     for place, section in {"fp8_kernels": "fp8", "fp8_linears": "fp8", "layer": "layer", "fp8_quality": "fp8_quality",
                            "fp8_tiny": "fp8_tiny", "step": "step"}.items():
         out.setdefault(place, f"(Not measured yet: `python bench.py {section}`.)")
@@ -264,6 +319,16 @@ def draw_loads(pyplot):
     figure.savefig(RESULTS / "loads.png", dpi=110)
 
 
+def draw_pairs(pyplot, timeline, title, name):
+    """results/NAME: when there was arithmetic, and when an exchange."""
+    figure, axes = pyplot.subplots(figsize=(8, 1.6))
+    for row, (what, color) in enumerate((("kernels", "tab:blue"), ("copies", "tab:orange"))):
+        axes.broken_barh([(start, end - start) for start, end in timeline[what]], (0.6 - row, 0.8), color=color)
+    axes.set(yticks=[1, 0], yticklabels=["arithmetic", "exchanges"], xlabel="ms", title=title)
+    figure.tight_layout()
+    figure.savefig(RESULTS / name, dpi=110)
+
+
 def readme(options):
     path = HERE / "README.md"
     write_atomic(path, fill(path.read_text(encoding="utf-8")))
@@ -300,14 +365,10 @@ def readme(options):
     call(["dualpipe.py", f"--png={RESULTS / 'dualpipe.png'}"], HERE)
 
     if "timeline" in (o := load("overlap") or {}):
-        figure, axes = pyplot.subplots(figsize=(8, 1.6))
-        for row, (name, color) in enumerate((("kernels", "tab:blue"), ("copies", "tab:orange"))):
-            axes.broken_barh([(start, end - start) for start, end in o["timeline"][name]], (0.6 - row, 0.8),
-                             color=color)
-        axes.set(yticks=[1, 0], yticklabels=["arithmetic", "exchanges"], xlabel="ms",
-                 title="a forward and a backward chunk in turns")
-        figure.tight_layout()
-        figure.savefig(RESULTS / "overlap.png", dpi=110)
+        draw_pairs(pyplot, o["timeline"], "a forward and a backward chunk in turns", "overlap.png")
+    if "timeline" in (o := (load("cluster") or {}).get("overlap", {})):
+        draw_pairs(pyplot, o["timeline"], f"pairs of chunks on several GPUs, {o['timeline']['precision'].upper()}",
+                   "cluster.png")
 
     figure, axes = pyplot.subplots(figsize=(6, 3))
     errors = load("fp8_error")["errors"]

@@ -206,15 +206,16 @@ def source(kind, ranks, rank, part, dir):
 # --- the simulation ---------------------------------------------------------------------------------------------------
 
 def simulate(kind, lists, F=1.0, B=2.0, W=1.0, FB=None, p2p=0.0):
-    """Run the lists of all ranks, in order, each step as soon as what it needs has arrived. Durations in any one unit;
-    FB None: F + B. A pair is atomic: both of its results are there at its end.
+    """Run the lists of all ranks, in order, each step as soon as what it needs has arrived. Durations in any one unit,
+    the same for all ranks or a list; FB None: F + B. A pair is atomic: both of its results are there at its end.
 
     -> {"makespan", "bubble" (largest of the ranks), "bubbles" (makespan less what the rank works), "peak_activations"
     (stage inputs held at once, from the start of their F to the end of their B or W), "steps": per rank [{"rank",
     "kind", "dir", "mb", "start", "end"}]}. RuntimeError if the lists wait for each other.
     """
     ranks = len(lists)
-    duration = {"F": F, "B": B, "I": B - W, "W": W, "FB": F + B if FB is None else FB}
+    each = zip(*(d if isinstance(d, list) else [d] * ranks for d in (F, B, W, FB)))
+    duration = [{"F": f, "B": b, "I": b - w, "W": w, "FB": f + b if fb is None else fb} for f, b, w, fb in each]
     done = {}                                                           # (rank, F or B, dir, mb) -> when it was ready
     times = [[] for _ in lists]
 
@@ -239,7 +240,7 @@ def simulate(kind, lists, F=1.0, B=2.0, W=1.0, FB=None, p2p=0.0):
                 if None in needs:
                     break
                 start = max(*needs, times[rank][-1][1] if times[rank] else 0.0)
-                end = start + duration[step.kind]
+                end = start + duration[rank][step.kind]
                 done.update({(rank, GIVES[part], dir, mb): end for part, dir, mb in step.parts if part in GIVES})
                 times[rank].append((start, end))
                 progress = True
@@ -248,7 +249,7 @@ def simulate(kind, lists, F=1.0, B=2.0, W=1.0, FB=None, p2p=0.0):
         raise RuntimeError(f"the schedule waits for itself: {'; '.join(stuck)}")
 
     makespan = max(end for t in times for _, end in t)
-    bubbles = [makespan - sum(duration[step.kind] for step in steps) for steps in lists]
+    bubbles = [makespan - sum(duration[rank][step.kind] for step in steps) for rank, steps in enumerate(lists)]
     return {"makespan": makespan, "bubble": max(bubbles), "bubbles": bubbles,
             "peak_activations": [peak_activations(steps) for steps in lists],
             "steps": [[{"rank": rank, **step._asdict(), "start": start, "end": end}
@@ -401,8 +402,11 @@ class DualPipe:
         self.owned = [p for p in trained(self.stages if kind == "dualpipev" else self.stages[:1])
                       if id(p) not in elsewhere]
         self.overlap = overlap
-        if self.ranks > 1:                                       # NCCL connects a group when all of it first sends
-            dist.all_reduce(like.new_zeros(1), group=self.group)
+        # NCCL connects a group, and two ranks of it, when all that it concerns first ask for it, and holds up the host
+        # until then. So now: in the midst of a step one might ask for what the other only asks for later.
+        peers = [peer for peer in (self.rank - 1, self.rank + 1) if 0 <= peer < self.ranks]
+        self.complete([dist.P2POp(op, like.new_zeros(1), group=self.group, group_peer=peer) for peer in peers
+                       for op in (dist.isend, dist.irecv)], " or ".join(map(str, peers)))
         self.plans = {}                                          # (micro-batches, training) -> (steps, exchanges)
 
     def step(self, microbatches, inputs=None, labels=None):
@@ -466,11 +470,15 @@ class DualPipe:
         other = [torch.empty_like(t) for t in tensors]
         ops = [dist.P2POp(op, t, group=self.group, group_peer=self.ranks - 1 - self.rank, tag=tag)
                for tag, pair in enumerate(zip(tensors, other)) for op, t in zip((dist.isend, dist.irecv), pair)]
-        with self.reaching(self.ranks - 1 - self.rank):
-            for work in dist.batch_isend_irecv(ops) if ops else ():
-                work.wait()
+        self.complete(ops, self.ranks - 1 - self.rank)
         for mine, theirs in zip(tensors, other):
             mine += theirs
+
+    def complete(self, ops, peer):
+        """Send and receive as one batch, and wait for it."""
+        with self.reaching(peer):
+            for work in dist.batch_isend_irecv(ops) if ops else ():
+                work.wait()
 
     def micro_batch(self, name, dir, mb):
         """Micro-batch mb of direction dir of the batch's "inputs" or "labels"."""

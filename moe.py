@@ -39,6 +39,7 @@ from torch import nn
 
 import backend
 from configs import UserError
+from experts import sum_triton
 from experts_few import MAX_TOKENS, experts
 from experts_fp8 import routed_triton
 from fp8 import Linear, Products, SwiGLU, busy, linear, linear_triton, weight_gradient
@@ -413,6 +414,9 @@ class Hop:
     def __init__(self, ranks, name, to, send, receive):
         self.ranks, self.name, self.n, self.send, self.receive = ranks, name, len(to), send, receive
         self.order = torch.nonzero_static(to.t(), size=sum(send))[:, 1]                       # sorted by rank
+        # Where among these each row's copies are: int32 [n, ranks], -1 for none.
+        places = to.t().flatten().cumsum(0).sub(1).masked_fill(~to.t().flatten(), -1)
+        self.row = places.view(to.shape[::-1]).t().to(torch.int32).contiguous()
 
     def exchange(self, t, send, receive):
         group, out = getattr(self.ranks, self.name), t.new_empty(sum(receive), *t.shape[1:])
@@ -430,6 +434,8 @@ class Hop:
         return tuple(self.sum(self.exchange(t, self.receive, self.send)) for t in tensors)
 
     def sum(self, copies):
+        if backend.use_small_kernels(copies):
+            return sum_triton(copies, self)   # in one pass over memory, in the same order
         high = torch.promote_types(copies.dtype, torch.float32)
         out = torch.zeros(self.n, *copies.shape[1:], dtype=high, device=copies.device)
         for rows, part in zip(self.order.split(self.send), copies.split(self.send)):

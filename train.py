@@ -223,7 +223,7 @@ class Recorded:
             torch.autograd.graph.increment_version(self.params)     # their copies in BF16 or FP8 are old, it says
         else:
             pool = self.graphs[True][0].pool()                      # never under way at the same time: the same memory
-        with torch.cuda.graph(graph, pool=pool):
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):          # NCCL has a thread too
             parts = forward_backward(self.v3, self.tokens, *arguments[1:])
         self.graphs[first] = graph, parts
         if first:

@@ -221,6 +221,13 @@ def test_a_pair_is_atomic_and_sending_takes_its_time():
     assert pair["end"] - pair["start"] == 2.5 and pair["dir"] == (1, 0)
 
 
+def test_a_slow_rank_holds_up_the_others():
+    every = lists("1f1b", 2, 8)
+    slow = simulate("1f1b", every, F=[1.0, 1.5], B=[2.0, 3.0], W=0.0)
+    assert slow["makespan"] == 8 * 4.5 + 1 + 2 and slow["bubbles"] == [39 - 8 * 3, 3]
+    assert simulate("1f1b", every, [1.0] * 2, [2.0] * 2, [1.0] * 2, [None] * 2) == simulate("1f1b", every)
+
+
 def test_lists_that_wait_for_each_other_are_told():
     every = lists("1f1b", 2, 3)
     every[1][0], every[1][1] = every[1][1], every[1][0]                           # a backward before its forward

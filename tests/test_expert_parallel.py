@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import GPU, GROUPS, build, lively, random_tokens, tiny
+from conftest import GPU, GROUPS, agree, build, lively, no_triton, random_tokens, tiny
 
 import fp8
 import parallel
 from configs import UserError
+from experts import sum_triton
 from model import V3, official_tensors, target_totals
-from moe import ExpertRanks, MoE, Sent, spread
+from moe import ExpertRanks, Hop, MoE, Sent, spread
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYOUTS = {"1x2": (1, 2), "2x2": (2, 2), "2x4": (2, 4), "4x2": (4, 2)}                           # nodes x ranks of each
@@ -357,6 +358,16 @@ def test_an_exchange_is_waited_for_in_the_next_part_forward_and_backward(ranks):
         times = result["overlap"]
         assert times["dispatch"] < 0.5 < times["experts"]
         assert times["combine backward"] < 0.5 < times["experts backward"]
+
+
+@no_triton
+def test_the_kernel_adds_up_what_comes_back_as_torch_does():
+    to = torch.rand(37, 4, generator=torch.Generator().manual_seed(1)) < 0.6
+    to[3], to[:, 2] = False, False                                             # a row for nobody, a rank for no row
+    hop = Hop(None, "inside", to, to.sum(0).tolist(), None)
+    for width, dtype in ((300, torch.float32), (8, torch.bfloat16)):
+        copies = torch.randn(len(hop.order), width).to(dtype)
+        agree(sum_triton(copies, hop).float(), hop.sum(copies).float(), 1e-6 if dtype == torch.float32 else 8e-3)
 
 
 # --- on a GPU ---------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@
     step        a training step of configs/bench_1b.py on random tokens, beside transformers' (a GPU); --parts=graph,...
     fp8_error   what promotion to FP32 saves in a product of FP8 numbers, against its length K
     fp8_tiny    the default job's first 150 steps in FP32 and FP8 (the reference)
+    moments     the default job's first 240 steps with AdamW's moments in FP32 and BF16
     fp8_loss    char in FP32, BF16 and FP8 (the reference): python bench.py fp8_loss --data=FILE
     pipeline    every schedule executed with stages that sleep, against its simulation and torch.distributed.pipelining
     overlap     what a pair of DualPipe's chunks hides on one GPU: V3's blocks, copies in place of the network
@@ -49,7 +50,7 @@ import configs
 import sample
 from backend import use_graph
 from bench_cluster import cluster_of_gpus
-from bench_fp8 import fp8_error, fp8_loss, fp8_on_a_gpu, fp8_quality, fp8_tiny
+from bench_fp8 import fp8_error, fp8_loss, fp8_on_a_gpu, fp8_quality, fp8_tiny, moments
 from bench_mla import attention, decode
 from bench_moe import layer, moe_on_a_gpu, step
 from bench_pipeline import overlap, pipeline
@@ -329,7 +330,7 @@ def loads(options):
 
 SECTIONS = {"tiny": tiny, "char": char, "ablations": ablations, "speculation": speculation, "loads": loads,
             "attention": attention, "decode": decode, "moe": moe_on_a_gpu, "step": step, "fp8_error": fp8_error,
-            "fp8_tiny": fp8_tiny, "fp8_loss": fp8_loss, "fp8": fp8_on_a_gpu, "layer": layer,
+            "fp8_tiny": fp8_tiny, "moments": moments, "fp8_loss": fp8_loss, "fp8": fp8_on_a_gpu, "layer": layer,
             "fp8_quality": fp8_quality, "pipeline": pipeline, "overlap": overlap, "cluster": cluster_of_gpus,
             "readme": readme}
 OPTIONS = {"data": "FILE", "nanogpt": "DIR", "out_dir": "RUN", "seeds": "N", "repeats": "N", "parts": "A,B",

@@ -486,7 +486,9 @@ def step(c, mesh, device, parts, tokens):
     if pipe:
         ranks.pipelined(c, pipe, tokens, totals, c.mtp_weight)
     else:
-        for micro in tokens.split(c.micro_batch_size):
+        micros = tokens.split(c.micro_batch_size)
+        shares.expect(len(micros))
+        for micro in micros:
             micro_batch(micro, totals, c.mtp_weight)
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -498,6 +500,7 @@ def step(c, mesh, device, parts, tokens):
     shares.send_updated()
     for gate in gates:
         gate.update_bias(c.bias_update_speed)
+    shares.receive_updated()
     for module in modules:
         module.zero_grad(set_to_none=True)
     if device.type == "cuda":
@@ -544,7 +547,9 @@ def scaling(job, case):
     optimizer = train.make_optimizer(c, shares.updated.values())
     for p in modules[0].parameters() if not pipe else ():
         p.queue = AtOnce()
-    recorded = backend.training_graph(device, c)[0] == "CUDA graph"
+    recorded = backend.training_graph(device, c, mesh.world)[0] == "CUDA graph"
+    for p in modules[0].parameters() if mesh.world > 1 and not pipe else ():
+        p.register_post_accumulate_grad_hook(shares.arrived)
     micro_batch = train.Recorded(modules[0]) if recorded else partial(train.forward_backward, modules[0])
     parts = modules, pipe, micro_batch, shares, counters, optimizer
     tokens = torch.randint(c.vocab_size, (c.batch_size // mesh.dp, c.seq_len + 1 + c.n_mtp), device=device)

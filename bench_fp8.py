@@ -1,5 +1,6 @@
 """bench.py fp8, fp8_error, fp8_tiny, fp8_loss and fp8_quality: what FP8 gains, and what it costs."""
 import math
+import os
 import shutil
 import statistics
 import subprocess
@@ -70,21 +71,40 @@ def fp8_loss(options):
            runs=runs)
 
 
-def fp8_tiny(options):
-    """The default job with a schedule of 150 steps, in FP32 and in FP8 (the reference), the same seed and data: mean
-    training loss of the last 50 steps, and validation loss."""
-    changes, runs = ["--max_steps=150", "--decay_start=50", "--save_interval=0"], []
-    for precision in ("fp32", "fp8_reference"):
+def tiny_runs(changes, forms):
+    """The default job with `changes`, once for each of `forms`, {name: arguments}: -> (its data, {name: (train lines,
+    eval lines)}), the same seed and data."""
+    runs = {}
+    for name, form in forms.items():
         with tempfile.TemporaryDirectory() as folder:
-            train("configs/tiny.py", *changes, f"--precision={precision}", f"--out_dir={folder}/run")
-            rows, evals = lines(f"{folder}/run")
-            state = read_state(latest(f"{folder}/run"))
-        runs.append({"precision": precision, "loss": statistics.mean(r["loss"] for r in rows[-50:]),
-                     "val_loss": evals[-1]["val_loss"], "losses": checkpoints_of(rows, (50, 100, 150)),
-                     "seconds": rows[-1]["time"]})
-        print(runs[-1], flush=True)
-    record("fp8_tiny", "python bench.py fp8_tiny", changes=changes, data=state["data"], runs=runs,
+            train("configs/tiny.py", *changes, *form, f"--out_dir={folder}/run")
+            runs[name], state = lines(f"{folder}/run"), read_state(latest(f"{folder}/run"))
+    return state["data"], runs
+
+
+def fp8_tiny(options):
+    """The default job with a schedule of 150 steps, in FP32 and in FP8 (the reference): mean training loss of the last
+    50 steps, and validation loss."""
+    changes = ["--max_steps=150", "--decay_start=50", "--save_interval=0"]
+    data, done = tiny_runs(changes, {name: [f"--precision={name}"] for name in ("fp32", "fp8_reference")})
+    runs = [{"precision": name, "loss": statistics.mean(r["loss"] for r in rows[-50:]),
+             "val_loss": evals[-1]["val_loss"], "losses": checkpoints_of(rows, (50, 100, 150)),
+             "seconds": rows[-1]["time"]} for name, (rows, evals) in done.items()]
+    record("fp8_tiny", "python bench.py fp8_tiny", changes=changes, data=data, runs=runs,
            difference=runs[1]["loss"] / runs[0]["loss"] - 1)
+
+
+def moments(options, width=20):
+    """The default job with a schedule of 240 steps, with AdamW's moments in FP32 and in BF16: the training loss over
+    the steps, in means of `width`, and how far apart the two curves come."""
+    changes = ["--max_steps=240", "--decay_start=80", "--save_interval=0"]
+    data, done = tiny_runs(changes, {name: [f"--moments={name}"] for name in ("fp32", "bf16")})
+    curves = {name: [statistics.mean(r["loss"] for r in rows[at:at + width]) for at in range(0, len(rows), width)]
+              for name, (rows, _) in done.items()}
+    apart = [b / a - 1 for a, b in zip(*curves.values())]
+    record("moments", "python bench.py moments", changes=changes, data=data, width=width, curves=curves,
+           most_apart=max(apart, key=abs), end=apart[-1],
+           val_loss={name: evals[-1]["val_loss"] for name, (_, evals) in done.items()})
 
 
 V3_LINEARS = {                                # in, out: section 4.2's dims
@@ -281,8 +301,8 @@ def fp8_prepare(part, *dims):
 
 
 def fp8_on_a_gpu(options):
-    needs_fp8("fp8")
     parts = chosen(options, "parts", FP8_PARTS)
+    needs_fp8("fp8")
     jobs = {"products": [*V3_LINEARS.values(), (8192, 8192)], "few": FEW_ROWS[::3], "linears": V3_LINEARS.values(),
             "square": SQUARES.values(), "quantization": [()]}
     compiled_beside(fp8_prepare, [(part, *dims) for part in parts for dims in jobs.get(part, ())])
@@ -304,28 +324,34 @@ def torch_sources(folder):
     return folder
 
 
-def fp8_quality(options, limit=285):
-    """configs/gpu.py, 32 sequences a step, in BF16, in BF16 with another seed (what a difference may be worth), and in
-    FP8 with moments in BF16, at the same time on one GPU: the training loss, and its mean over the last 100 steps that
-    all three have done within `limit` seconds. --data=FOLDER: other text than torch's own sources."""
+def fp8_quality(options, limit=220):
+    """configs/gpu.py, 1000 steps of 32 sequences, in BF16, in BF16 with another seed (what a difference may be worth),
+    and in FP8 with moments in BF16, at the same time, spread over the GPUs that there are: the training loss, and its
+    mean over the last 100 steps that all three have done within `limit` seconds. --data=FOLDER: other text than torch's
+    own sources."""
     needs_fp8("fp8_quality")
     jobs = {"BF16": ["--precision=bf16"], "BF16, another seed": ["--precision=bf16", "--seed=1338"],
             "FP8": ["--precision=fp8", "--moments=bf16"]}
+    count = torch.cuda.device_count()
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")
     with tempfile.TemporaryDirectory() as folder:
         data = options.get("data") or torch_sources(f"{folder}/torch")
         common = ["configs/gpu.py", f"--data={data}", "--batch_size=32", "--eval_interval=0", "--save_interval=0"]
+        identity = Data(configs.load(common)).identity                            # once, for the three to find
 
         def one(job):
             number, changes = job
             try:
-                train(*common, *changes, f"--out_dir={folder}/{number}", limit=limit, OMP_NUM_THREADS="4")
+                train(*common, *changes, f"--out_dir={folder}/{number}", limit=limit, OMP_NUM_THREADS="4",
+                      CUDA_VISIBLE_DEVICES=gpus[number % count])
             except subprocess.TimeoutExpired:
                 print(f"{' '.join(changes)}: cut off after {limit} s", flush=True)
-            return lines(f"{folder}/{number}")
+            return lines(f"{folder}/{number}") if Path(folder, str(number), "metrics.jsonl").is_file() else ([], [])
         with ThreadPoolExecutor(len(jobs)) as pool:
             done = list(pool.map(one, enumerate(jobs.values())))
-        identity = Data(configs.load(common)).identity                                         # from the cache by now
     steps, runs = min(len(rows) for rows, _ in done), []
+    if not steps:
+        raise UserError(f"bench.py fp8_quality: one of the runs has not done a step within {limit} s")
     for (name, changes), (rows, evals) in zip(jobs.items(), done):
         loss = statistics.mean(r["loss"] for r in rows[:steps][-100:])
         first = runs[0]["loss"] if runs else loss
@@ -334,4 +360,5 @@ def fp8_quality(options, limit=285):
                      "tokens_per_s": statistics.median(r["tokens_per_s"] for r in rows),
                      "curve": [round(r["loss"], 5) for r in rows[:steps]]})
         print({k: v for k, v in runs[-1].items() if k != "curve"}, flush=True)
-    record("fp8_quality", "python bench.py fp8_quality", steps=steps, data=identity, runs=runs)
+    record("fp8_quality", "python bench.py fp8_quality", steps=steps, gpus=min(count, len(jobs)), data=identity,
+           runs=runs)

@@ -115,12 +115,12 @@ def moe_prepare(name, form):
 
 
 def moe_on_a_gpu(options):
+    names, measures = chosen(options, "shapes", MOE_SHAPES), {"products": moe_products, "layers": moe_layer}
+    parts = chosen(options, "parts", measures)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     path, why = backend.experts(device, torch.bfloat16, (128, 128))
     if path != "Triton":
         raise UserError(f"bench.py moe: a Hopper GPU with Triton is needed ({why})")
-    names, measures = chosen(options, "shapes", MOE_SHAPES), {"products": moe_products, "layers": moe_layer}
-    parts = chosen(options, "parts", measures)
     compiled_beside(moe_prepare, [(name, form) for form in moe_forms() for name in names])
     rows = {part: {row["name"]: row for row in kept("moe", part).get(part, ())} for part in measures}
     for name in names:
@@ -198,9 +198,9 @@ def training_step(name, c, steps=8):
 
 
 def step(options):
+    names, runs = chosen(options, "parts", STEPS), []
     if not torch.cuda.is_available():
         raise UserError("bench.py step: a GPU is needed")
-    names, runs = chosen(options, "parts", STEPS), []
     if importlib.util.find_spec("transformers") is None:
         print("transformers is not here to be compared with: pip install -r requirements-extra.txt", flush=True)
         names = [name for name in names if "transformers" not in name]

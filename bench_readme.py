@@ -82,7 +82,7 @@ def tables():
     """{name of a marked place in the README: its text}, from the committed results."""
     t, c, a, d, s = load("tiny"), load("char"), load("ablations"), load("decode"), load("speculation")
     attention, low, eight, part, quality = (load(n) for n in ("attention", "fp8_loss", "fp8", "layer", "fp8_quality"))
-    p, o, small = load("pipeline"), load("overlap"), load("fp8_tiny")
+    p, o, small, bf16 = load("pipeline"), load("overlap"), load("fp8_tiny"), load("moments")
     mean = lambda runs, key: statistics.mean(r[key] for r in runs)
     spread = lambda runs, key: statistics.stdev(r[key] for r in runs) if len(runs) > 1 else 0.0
     vio = lambda runs: f"{mean(runs, 'max_vio'):.2f}" if mean(runs, "max_vio") else "-"
@@ -206,13 +206,18 @@ def tables():
             *(f"| {r['name']} | {r['loss']:.4f} | {r['difference']:+.2%} | "
               + (f"{r['val_loss']:.4f}" if r["val_loss"] else "-") + f" | {r['tokens_per_s']:,.0f} |"
               for r in quality["runs"]), "",
-            f"{quality['gpu']}, the three at once, {quality['steps']} steps of 32 sequences.", "",
+            f"{quality['gpus']} x {quality['gpu']}, the three at once, {quality['steps']} steps of 32 sequences.", "",
             "![loss in BF16 and FP8, and their distance](results/fp8_quality.png)"])
     if small:
         whole, low8 = small["runs"]
         out["fp8_tiny"] = (
             f"The default job, cut to 150 steps: {whole['loss']:.4f} nats per token in FP32 and {low8['loss']:.4f} in "
             f"FP8 ({small['difference']:+.2%}), training loss of the last 50 steps.")
+    if bf16:
+        out["moments"] = (
+            f"The default job, cut to {bf16['width'] * len(bf16['curves']['fp32'])} steps, on a CPU: with BF16 moments "
+            f"the training loss, in means of {bf16['width']} steps, is never more than {abs(bf16['most_apart']):.2%} "
+            f"from that with FP32 ones, and {bf16['end']:+.2%} at the end.")
     if m := load("cluster"):
         out["many"] = many_ranks(m)
     out.setdefault("many", "(Not measured yet: `python bench.py cluster`.)")

@@ -285,19 +285,34 @@ def bubble(kind, ranks, F, B, W, FB):
 #     travels     combine B   | dispatch F   | dispatch B | combine F      | combine B of the layer before | ...
 #
 # In the way stands autograd: a backward is one call, in the midst of which nobody can step aside for another. Hence the
-# cuts. Wherever tokens travel, a graph ends, and the next begins at leaves with the same values. A chunk is then a row
-# of small graphs, attention | experts | attention | experts | ..., and its backward a loop over them, from the last to
-# the first: autograd runs through one, and what has arrived at its leaves, their .grad, is what the one before begins
-# with. Between two there is time to step aside.
+# cuts. Wherever tokens travel, a graph ends, and the next begins anew with the same values. A chunk is then a row of
+# small graphs, attention | experts | attention | experts | ..., and its backward a loop over them, from the last to the
+# first: autograd runs through one, and the gradients that arrive where it began are what the one before begins with.
+# Between two there is time to step aside.
 #
 # To stop in the middle and go on later is what Python's generators do. A stage that communicates writes its forward as
 # one, which starts an exchange, yields, and then waits for it; forward and backward of a chunk are generators too, and
 # a pair is two generators that take turns.
 
 class Cut(NamedTuple):
-    """Two lists of the same values, on both sides of a cut."""
-    ends: list                        # places in the graph before; None for what has no gradient
-    leaves: list                      # of the graph after
+    """The values at a cut, from both sides."""
+    ends: list                        # their places in the graph before; None for what has no gradient
+    caught: list                      # for each the gradients that arrive from the graph after, one or none
+
+
+class Catch(torch.autograd.Function):
+    """A value where a graph begins, whose gradient ends in a list. A leaf would do the same with its .grad, but hold
+    the value for as long, where often no backward reads it: that of a sum, and a block ends with one."""
+
+    @staticmethod
+    def forward(ctx, value, root, caught):
+        ctx.caught = caught
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx, grad):
+        ctx.caught.append(grad)
+        return None, None, None
 
 
 def in_segments(run, cuts):
@@ -314,8 +329,10 @@ def in_segments(run, cuts):
         except StopIteration as end:
             return end.value
         yield
-        values = [v.detach().requires_grad_(v.requires_grad) if torch.is_tensor(v) else v for v in before]
-        cuts.append(Cut(ends(before), values))
+        root, cut = torch.zeros((), requires_grad=True), Cut(ends(before), [[] for _ in before])
+        values = [Catch.apply(value.detach(), root, caught) if end else value
+                  for value, end, caught in zip(before, *cut)]
+        cuts.append(cut)
 
 
 def ends(values):
@@ -532,8 +549,8 @@ class DualPipe:
             yield
             if part == "B":
                 self.work_off(late)
-            places, segment = cuts.pop()
-            self.differentiate(places, [getattr(leaf, "grad", None) for leaf in segment], queue)
+            places, caught = cuts.pop()
+            self.differentiate(places, [grads[0] if grads else None for grads in caught], queue)
         self.give("B", dir, mb, x.grad)
         if part == "B":
             self.work_off(late)

@@ -23,8 +23,9 @@ A Linear (figure 6), x [N, in], W [out, in], dy [N, out]; x, y, dx are BF16, W a
 
 What Wgrad needs of the forward pass is kept in FP8 as well (3.3.3): the input of a Linear, from which the 128x1 tiles
 are made in backward; of an FFN's second Linear the input of the SwiGLU, whose output is made again. The input of the
-Linear after attention is kept in a format of 12 bits, E5M6, since attention's own backward needs it too; all its scales
-are powers of two, so that going from 1x128 to 128x1 tiles only moves exponents.
+Linear after attention is rounded to 12 bits, E5M6, since attention's own backward needs it too; all its scales are
+powers of two, so that going from 1x128 to 128x1 tiles only moves exponents. V3 keeps these 12 bits, for both. Here
+attention keeps its output in BF16 anyway, so the Linear keeps that very tensor, no second one, and rounds in backward.
 
 In high precision stay the embedding, the head, the gates, the norms and attention itself (3.3.1). The optimizer's FP32
 weights are the masters: they are quantized once per step, not once per micro-batch. AdamW's moments are BF16. Nobody
@@ -36,8 +37,8 @@ Shapes: N tokens (rows), M x K times N x K in a product, E experts. In tiles: m 
 tile of a ragged dim is smaller, as in the released checkpoints.
 Defined for bad numbers: a tile's scale is at least 2^-126 (a tile of zeros divides by no zero), and a tile that holds a
 NaN or an infinity gets the scale NaN: all of it reads as NaN, and nothing saturates unseen.
-Simplified against V3: the layers that share an input (W_dq and W_dkv) quantize it each for itself; attention keeps its
-output in BF16 besides; E5M6 is held in FP16, of which it is a subset: 16 bits where packing would take 12.
+Simplified against V3: the layers that share an input (W_dq and W_dkv) quantize it each for itself; attention's output
+waits in BF16, 16 bits where V3's take 12.
 """
 from dataclasses import dataclass
 
@@ -73,7 +74,7 @@ if backend.has_triton():
 @dataclass(frozen=True)
 class Recipe:
     """How a Linear, or a stack of experts, runs in FP8."""
-    kept: Format = E4M3                       # in which its input waits for Wgrad
+    kept: Format = E4M3                       # to which its input is rounded for Wgrad
     reference: bool = False                   # plain torch, also where the device has FP8
 
     @property
@@ -129,33 +130,39 @@ class AtOnce:
 class Products(torch.autograd.Function):
     """y_r = W_e x_r for the rows r of expert e (figure 6), rows sorted by expert.
 
-    x [R, in], weight float32 [E, out, in], or [out, in] for one expert with all the rows, ends: for each expert the
-    end of its rows -> [R, out] in x's dtype. swiglu: x is [R, 2 in], and its SwiGLU, times the rows' gate weights [R]
-    if they are given, is multiplied; x is what is kept, and the SwiGLU made again in backward.
+    x [..., in] with R rows, weight float32 [E, out, in], or [out, in] for one expert with all the rows, ends: for each
+    expert the end of its rows -> [..., out] in x's dtype. swiglu: x is [..., 2 in], and its SwiGLU, times the rows'
+    gate weights [R] if they are given, is multiplied; x is what is kept, and the SwiGLU made again in backward.
     """
 
     @staticmethod
     def forward(ctx, x, weight, ends, recipe, swiglu=False, gate=None):
+        # Made here and not seen from outside as a view of rows: RoPE turns it in place, and for a view autograd would
+        # copy its gradient twice.
+        out = x.new_empty(*x.shape[:-1], weight.shape[-2])
+        x, y = x.flatten(0, -2), out.flatten(0, -2)
         a = quantize_swiglu(x, gate, recipe.pow2, recipe.reference) if swiglu else \
             quantize(x, recipe.pow2, recipe.reference)
-        w, y = quantized(weight, recipe.reference), x.new_empty(len(x), weight.shape[-2])
+        w = quantized(weight, recipe.reference)
         for e, rows in busy(ends):
             gemm(a[rows], w[e], y[rows], recipe.reference)
         if any(ctx.needs_input_grad):
-            if recipe.kept is not E4M3:
-                a = e5m6(x, recipe.reference)
-            elif swiglu:
-                a = quantize(x, recipe.pow2, recipe.reference)
-            ctx.save_for_backward(a.values, a.scale, gate)
+            if recipe.kept is not E4M3:                              # x waits as it is: somebody else keeps it anyway
+                ctx.save_for_backward(x, None, gate)
+            else:
+                a = quantize(x, recipe.pow2, recipe.reference) if swiglu else a
+                ctx.save_for_backward(a.values, a.scale, gate)
             # The W of this forward pass, and the parameter itself, on which a queue may hang.
             ctx.w, ctx.weight, ctx.ends, ctx.recipe, ctx.swiglu = w, weight, ends, recipe, swiglu
-        return y
+        return out
 
     @staticmethod
     def backward(ctx, dy):
         values, scale, gate = ctx.saved_tensors
         weight, ends, recipe, swiglu, dgate = ctx.weight, ctx.ends, ctx.recipe, ctx.swiglu, None
-        x, dy_columns, dx = Quantized(values, scale), {}, dy.new_empty(len(dy), weight.shape[-1])
+        x = e5m6(values, recipe.reference) if scale is None else Quantized(values, scale)
+        lead, dy, dy_columns = dy.shape[:-1], dy.flatten(0, -2), {}
+        dx = dy.new_empty(len(dy), weight.shape[-1])
         w = transpose(ctx.w, recipe.reference)
         for e, rows in busy(ends):
             dy8, dy_columns[e] = quantize_both(dy[rows], recipe.reference)
@@ -164,7 +171,7 @@ class Products(torch.autograd.Function):
         if swiglu:
             dx, dgate = swiglu_backward(x, dx, gate, recipe.reference)
         dw = lambda grad=None: wgrad(weight, dy_columns, x, ends, recipe, swiglu, gate, grad)
-        return dx, weight_gradient(weight, dw, adds=True), None, None, None, dgate
+        return dx.unflatten(0, lead), weight_gradient(weight, dw, adds=True), None, None, None, dgate
 
 
 def wgrad(weight, dy_columns, x, ends, recipe, swiglu=False, gate=None, grad=None):
@@ -190,22 +197,54 @@ def linear_torch(x, weight, dtype=None):
     return F.linear(x.to(dtype), weight.to(dtype))
 
 
+def parts(x):
+    """float32 -> three tensors of BF16, 8 of its 24 bits each, that add up to it."""
+    out = []
+    for _ in range(3):
+        out.append(x.to(torch.bfloat16))
+        x = x - out[-1]
+    return out
+
+
+def mm(a, b, dtype):
+    """a b for BF16 a, b, as the tensor cores sum it up, in float32, and returned in `dtype`."""
+    return torch.mm(a, b, out_dtype=dtype) if a.is_cuda else (a.float() @ b.float()).to(dtype)
+
+
 class Product(torch.autograd.Function):
-    """linear_torch in x's dtype, with a Wgrad that can be put off."""
+    """linear_torch, with a Wgrad that can be put off. x is kept in its own dtype, whichever that of the product is.
+
+    A product in float32 of BF16 x, the gate's, would keep the tensor cores idle: they multiply BF16. In `parts` a
+    float32 factor is three BF16 ones, and three products of them are as exact. Only dx, which is rounded to BF16
+    afterwards, makes do with 16 bits of its factors.
+    """
 
     @staticmethod
-    def forward(ctx, x, weight):
-        w = weight.to(x.dtype)
+    def forward(ctx, x, weight, dtype=None):
+        ctx.split = backend.multiply_in_parts(x, dtype)
+        w = weight if ctx.split else weight.to(dtype or x.dtype)
         ctx.save_for_backward(x, w)
         ctx.weight = weight                                              # the parameter itself: the queue hangs on it
-        return F.linear(x, w)
+        if ctx.split:
+            y = mm(x.flatten(0, -2), torch.cat(parts(w)).t(), torch.float32)
+            return y.view(*x.shape[:-1], 3, len(w)).sum(-2)
+        return F.linear(x.to(w.dtype), w)
 
     @staticmethod
     def backward(ctx, dy):
-        (x, w), weight = ctx.saved_tensors, ctx.weight
-        dx = dy @ w if ctx.needs_input_grad[0] else None
-        wgrad = lambda: (dy.flatten(0, -2).t() @ x.flatten(0, -2)).to(weight.dtype)
-        return dx, weight_gradient(weight, wgrad) if ctx.needs_input_grad[1] else None
+        (x, w), weight, dx = ctx.saved_tensors, ctx.weight, None
+        rows = dy.flatten(0, -2), x.flatten(0, -2)
+        if ctx.split:
+            three = parts(rows[0])
+            if ctx.needs_input_grad[0]:
+                high, rest, _ = parts(w)
+                dx = mm(torch.cat([*three[:2], three[0]], 1), torch.cat([high, high, rest]), x.dtype).view_as(x)
+            wgrad = lambda: mm(torch.cat(three, 1).t(), rows[1], torch.float32).view(3, *w.shape).sum(0)
+        else:
+            if ctx.needs_input_grad[0]:
+                dx = (dy @ w).to(x.dtype)
+            wgrad = lambda: (rows[0].t() @ rows[1].to(dy.dtype)).to(weight.dtype)
+        return dx, weight_gradient(weight, wgrad) if ctx.needs_input_grad[1] else None, None
 
 
 if backend.has_triton():
@@ -242,12 +281,12 @@ def linear_triton(x, weight, dtype=None):
 MAX_ROWS = 2                                  # on an H100; from 4 rows cuBLAS reads the head faster
 
 
-def linear(x, weight):
-    """x W^T in x's dtype: with gradients Product, without them linear_torch, or for up to MAX_ROWS rows on a GPU
-    linear_triton: 2-5 microseconds for a layer's product where cuBLAS takes 4-6."""
+def linear(x, weight, dtype=None):
+    """linear_torch: with gradients as a Product, without them for up to MAX_ROWS rows on a GPU as linear_triton: 2-5
+    microseconds for a layer's product where cuBLAS takes 4-6."""
     if torch.is_grad_enabled():
-        return Product.apply(x, weight)
-    return (linear_triton if backend.use_decode_kernels(x, MAX_ROWS) else linear_torch)(x, weight)
+        return Product.apply(x, weight, dtype)
+    return (linear_triton if backend.use_decode_kernels(x, MAX_ROWS) else linear_torch)(x, weight, dtype)
 
 
 class SwiGLU(torch.autograd.Function):
@@ -289,9 +328,7 @@ class Linear(nn.Module):
     def forward(self, x, swiglu=False):
         if not self.recipe:
             return linear(SwiGLU.apply(x) if swiglu else x, self.weight)
-        rows = x.flatten(0, -2)                                                               # [N, ...]
-        y = Products.apply(rows, self.weight, [len(rows)], self.recipe, swiglu)
-        return y.unflatten(0, x.shape[:-1])
+        return Products.apply(x, self.weight, [x.shape[:-1].numel()], self.recipe, swiglu)
 
 
 HIGH = {                                      # ends of names that stay in high precision (3.3.1), and why
@@ -310,7 +347,7 @@ def convert(model, reference=False):
         if why and next(module.parameters(recurse=False), None) is not None:
             left[name] = why
         elif hasattr(module, "recipe"):
-            # The Linear after attention: attention's backward keeps the same tensor.
+            # The Linear after attention, whose backward keeps the same tensor.
             module.recipe = Recipe(E5M6 if name.endswith("wo") else E4M3, reference)
             converted.append(name)
     return converted, left

@@ -307,23 +307,23 @@ def takes_cublas(a, b, y):
     if not backend.hopper(y.device):
         return False
     if len(b.scale) < N:
-        return y.dtype == torch.bfloat16 and M > FEW and M % 4 == 0 and K % BLOCK == 0 and N % BLOCK == 0
+        rows = b.scale.stride(0) % 4 == 0 and b.scale.stride(1) == 1
+        return y.dtype == torch.bfloat16 and M > FEW and M % 4 == 0 and K % BLOCK == 0 and N % BLOCK == 0 and rows
     return y.dtype == torch.float32 and M % 16 == 0 and N % 16 == 0 and K % BLOCK == 0
 
 
 def gemm_cublas(a, b, y):
     """gemm_torch into y [M, N] by cuBLASLt, where takes_cublas says so. It wants scales of 1x128 tiles one row of tiles
-    after the other, those of blocks along K in multiples of four. In this form, F.scaled_mm's own, it writes to y."""
+    after the other, those of blocks as block_scales lays them out. In this form, F.scaled_mm's own, it writes to y."""
     def rows(scale):
         scale = scale.t().contiguous().t()
         return scale.as_strided(scale.shape, (1, len(scale)))                # of one column torch keeps any strides
 
-    tile, block, b_scale, k = F.ScalingType.BlockWise1x128, F.ScalingType.BlockWise1x128, b.scale, a.scale.shape[1]
+    tile, block, step = F.ScalingType.BlockWise1x128, F.ScalingType.BlockWise1x128, b.scale.stride(0)
     if len(b.scale) < len(b.values):
-        block, b_scale = F.ScalingType.BlockWise128x128, b.scale.new_empty(len(b.scale), -(-k // 4) * 4).t()
-        b_scale[:k] = b.scale.t()
+        block, b_scale = F.ScalingType.BlockWise128x128, b.scale.as_strided((step, len(b.scale)), (1, step))
     else:
-        b_scale = rows(b_scale)
+        b_scale = rows(b.scale)
     return torch.ops.aten._scaled_mm_v2.out(a.values, b.values.t(), [rows(a.scale)], [tile.value], [], [b_scale],
                                             [block.value], [], None, y.dtype, out=y)
 

@@ -16,6 +16,7 @@ import backend
 if backend.has_triton():
     import triton
     import triton.language as tl
+    from triton.language.extra import libdevice
 
 BLOCK = 128                                   # numbers along the contraction that share a scale
 
@@ -127,6 +128,11 @@ def tile_scales(M, k, device):
     return torch.empty(k, M, dtype=torch.float32, device=device).t()
 
 
+def block_scales(E, m, k, device):
+    """float32 [E, m, k] whose rows begin at multiples of 16 bytes: so cuBLASLt wants them."""
+    return torch.empty(E, m, -(-k // 4) * 4, dtype=torch.float32, device=device)[..., :k]
+
+
 if backend.has_triton():
     INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
@@ -146,10 +152,32 @@ if backend.has_triton():
             return tl.max(size(x), axis).to(tl.float32, bitcast=True)
         return tl.reduce(tl.abs(x), axis, larger)
 
+    # A division is twenty instructions, and every thread divides for all rows and columns that it holds numbers of.
+    # These two are as exact: the quotient corrected by what it leaves over, and the GPU's own reciprocal. (Below LEAST,
+    # where the first is not, the scale is LEAST.)
+
+    @triton.jit
+    def over_448(x):
+        if INTERPRETED:
+            return tl.div_rn(x, 448.0)
+        quotient = x * 0.002232142857142857
+        return tl.fma(tl.fma(-quotient, 448.0, x), 0.002232142857142857, quotient)
+
+    @triton.jit
+    def one_over(x):
+        return tl.div_rn(1.0, x) if INTERPRETED else libdevice.rcp_rn(x)
+
+    @triton.jit
+    def sigmoid(x):
+        """By the GPU's own exp2 and quotient, without what a division and exp do for the ends of their ranges."""
+        if INTERPRETED:
+            return tl.sigmoid(x)
+        return libdevice.fast_dividef(1.0, 1.0 + tl.exp2(-1.4426950408889634 * x))
+
     @triton.jit
     def scale_of(amax, POW2: tl.constexpr):
         """The scale of a tile with the largest number amax, NaN if one of them is."""
-        scale = tl.maximum(tl.div_rn(amax, 448.0), 1.1754943508222875e-38)
+        scale = tl.maximum(over_448(amax), 1.1754943508222875e-38)
         if POW2:
             scale = (((scale.to(tl.int32, bitcast=True) + 0x7FFFFF) >> 23) << 23).to(tl.float32, bitcast=True)
         return tl.where(amax < float("inf"), scale, float("nan"))
@@ -158,7 +186,7 @@ if backend.has_triton():
     def to_e4m3(x, scale):
         """x / scale in E4M3. A GPU's cast rounds as the reference does; the interpreter's cuts off, so there it gets
         what is already rounded."""
-        x = tl.where(scale == scale, x * tl.div_rn(1.0, scale), 0.0)
+        x = tl.where(scale == scale, x * one_over(scale), 0.0)
         if INTERPRETED:
             clamped = tl.minimum(tl.maximum(x, -448.0), 448.0)
             exponent = tl.maximum((size(clamped) >> 23) - 127, -6)
@@ -166,6 +194,29 @@ if backend.has_triton():
             sign = x.to(tl.int32, bitcast=True) & -0x80000000
             x = (size((clamped + large) - large) | sign).to(tl.float32, bitcast=True)
         return x.to(tl.float8e4nv)
+
+    # A tile that is read row by row and written column by column: a thread holds some columns of rows that come in
+    # steps of APART, as many as all threads load at once. If these are neighbours in x, it holds what lies together in
+    # the transpose, and moves words and not single bytes.
+
+    @triton.jit
+    def neighbours(ROWS: tl.constexpr, APART: tl.constexpr):
+        """Which row of x stands in each of ROWS rows of a tile."""
+        order = tl.arange(0, ROWS)
+        return order % APART * (ROWS // APART) + order // APART
+
+    @triton.jit
+    def turned(tile, ROWS: tl.constexpr, APART: tl.constexpr):
+        """The transpose of a tile whose rows stand as `neighbours` says, in x's own order."""
+        tile = tile.reshape(ROWS // APART, APART, tile.shape[1])
+        return tl.trans(tile, 2, 1, 0).reshape(tile.shape[2], ROWS)
+
+    @triton.jit
+    def tile_at(ROWS, COLUMNS, DOWN: tl.constexpr):
+        """(row, column) of this program's tile, of ROWS x COLUMNS: one column after the other if DOWN."""
+        if DOWN:
+            return tl.program_id(0) % ROWS, tl.program_id(0) // ROWS
+        return tl.program_id(0) // COLUMNS, tl.program_id(0) % COLUMNS
 
     @triton.jit
     def norm_kernel(x, weight, r, row, row_scale, M, K, eps, x_stride, row_stride, ROWS: tl.constexpr,
@@ -187,19 +238,15 @@ if backend.has_triton():
     def quantize_kernel(x, x_scale, weight, r, row, row_scale, column, column_scale, M, K, x_stride, x_scale_m,
                         x_scale_k, row_stride, column_stride, SCALED: tl.constexpr, BEFORE: tl.constexpr,
                         ROWS: tl.constexpr, COLUMNS: tl.constexpr, POW2: tl.constexpr, BLOCK_M: tl.constexpr,
-                        APART: tl.constexpr):
-        """BLOCK_M x 128 of before(x): read once, written in 1x128 tiles and (BLOCK_M = 128) transposed in 128x1 tiles.
-
-        APART: rows that the threads load at once. Those of a thread come in steps of APART; we let them be neighbours
-        in x, so that it holds what lies together in the transpose, and stores words and not single bytes.
-        """
-        order = tl.arange(0, BLOCK_M)
-        order = order % APART * (BLOCK_M // APART) + order // APART if COLUMNS else order
-        m = tl.program_id(0).to(tl.int64) * BLOCK_M + order
-        k = tl.program_id(1).to(tl.int64) * 128 + tl.arange(0, 128)
+                        BLOCK_K: tl.constexpr, APART: tl.constexpr):
+        """BLOCK_M x BLOCK_K of before(x): read once, written in 1x128 tiles (BLOCK_K = 128) and (BLOCK_M = 128)
+        transposed in 128x1. Programs that run together write along the rows, of x or of its transpose."""
+        i, j = tile_at(tl.cdiv(M, BLOCK_M), tl.cdiv(K, BLOCK_K), COLUMNS)
+        order = neighbours(BLOCK_M, APART) if COLUMNS else tl.arange(0, BLOCK_M)
+        m, k = i.to(tl.int64) * BLOCK_M + order, j.to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
         inside = (m < M)[:, None] & (k < K)[None, :]
         x += m[:, None] * x_stride + k[None, :]
-        x_scale += m * x_scale_m + tl.program_id(1) * x_scale_k
+        x_scale += m * x_scale_m + j * BLOCK_K // 128 * x_scale_k
         tile = tl.load(x, mask=inside, other=0.0).to(tl.float32)
         if SCALED:
             tile *= tl.load(x_scale, mask=m < M, other=0.0)[:, None]
@@ -210,39 +257,42 @@ if backend.has_triton():
             up = tl.load(x + K, mask=inside, other=0.0).to(tl.float32)
             if SCALED:
                 up *= tl.load(x_scale + K // 128 * x_scale_k, mask=m < M, other=0.0)[:, None]
-            tile = tile / (1 + tl.exp(-tile)) * up
+            tile = tile * sigmoid(tile) * up
             if weight is not None:
                 tile *= tl.load(weight + m, mask=m < M, other=0.0).to(tl.float32)[:, None]
         if ROWS:
             scale = scale_of(largest(tile, 1), POW2)
-            tl.store(row_scale + tl.program_id(1) * M + m, scale, mask=m < M)
+            tl.store(row_scale + j * M + m, scale, mask=m < M)
             tl.store(row + m[:, None] * row_stride + k[None, :], to_e4m3(tile, scale[:, None]), mask=inside)
         if COLUMNS:
             scale = scale_of(largest(tile, 0), POW2)
-            tl.store(column_scale + tl.program_id(0) * K + k, scale, mask=k < K)
-            q = to_e4m3(tile, scale[None, :])
-            q = tl.trans(q.reshape(BLOCK_M // APART, APART, 128), 2, 1, 0).reshape(128, BLOCK_M)    # in x's own order
-            m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+            tl.store(column_scale + i * K + k, scale, mask=k < K)
+            q = turned(to_e4m3(tile, scale[None, :]), BLOCK_M, APART)
+            m = i.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
             tl.store(column + k[:, None] * column_stride + m[None, :], q, mask=(k < K)[:, None] & (m < M)[None, :])
 
     @triton.jit
-    def blocks_kernel(w, q, q_scale, M, K, q_stride):
+    def blocks_kernel(w, q, q_scale, M, K, q_stride, scale_stride):
         """One 128x128 block of one of E matrices."""
         i, j, e = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
         m, k = i * 128 + tl.arange(0, 128), j * 128 + tl.arange(0, 128)
         inside = (m < M)[:, None] & (k < K)[None, :]
         block = tl.load(w + e * M * K + m.to(tl.int64)[:, None] * K + k[None, :], mask=inside, other=0.0).to(tl.float32)
         scale = scale_of(largest(largest(block, 1), 0), False)
-        tl.store(q_scale + (e * tl.num_programs(0) + i) * tl.num_programs(1) + j, scale)
+        tl.store(q_scale + (e * tl.num_programs(0) + i) * scale_stride + j, scale)
         tl.store(q + e * M * q_stride + m.to(tl.int64)[:, None] * q_stride + k[None, :], to_e4m3(block, scale),
                  mask=inside)
 
     @triton.jit
-    def transpose_kernel(q, t, M, K, q_matrix, q_stride, t_matrix, t_stride):
+    def transpose_kernel(q, t, q_scale, t_scale, M, K, q_matrix, q_stride, t_matrix, t_stride, q_scale_stride,
+                         t_scale_stride):
         """One 128x128 block of one of E matrices, written the other way round."""
-        m, k = tl.program_id(0) * 128 + tl.arange(0, 128), tl.program_id(1) * 128 + tl.arange(0, 128)
-        q += tl.program_id(2).to(tl.int64) * q_matrix
-        t += tl.program_id(2).to(tl.int64) * t_matrix
+        i, j, e = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+        m, k = i * 128 + tl.arange(0, 128), j * 128 + tl.arange(0, 128)
+        scale = tl.load(q_scale + (e * tl.num_programs(0) + i) * q_scale_stride + j)
+        tl.store(t_scale + (e * tl.num_programs(1) + j) * t_scale_stride + i, scale)
+        q += e * q_matrix
+        t += e * t_matrix
         inside = (m < M)[:, None] & (k < K)[None, :]
         block = tl.load(q + m.to(tl.int64)[:, None] * q_stride + k[None, :], mask=inside, other=0.0)
         tl.store(t + k.to(tl.int64)[:, None] * t_stride + m[None, :], block.T, mask=(k < K)[:, None] & (m < M)[None, :])
@@ -252,14 +302,15 @@ def launch(x, M, K, pow2, rows, columns, before=None, weight=None, r=None):
     """quantize_kernel on before(x), an M x K matrix -> its 1x128 tiles or None, its 128x1 tiles or None."""
     q = x if isinstance(x, Quantized) else None
     x = q.values if q else x if x.stride(1) == 1 else x.contiguous()
-    m, k, BLOCK_M = triton.cdiv(M, BLOCK), triton.cdiv(K, BLOCK), BLOCK if columns else 32
+    m, k = triton.cdiv(M, BLOCK), triton.cdiv(K, BLOCK)
+    BLOCK_M, BLOCK_K = BLOCK if columns else 32, BLOCK if rows else 64      # smaller: more programs on a multiprocessor
     row = Quantized(empty(M, K, device=x.device), tile_scales(M, k, x.device)) if rows else None
     column = Quantized(empty(K, M, device=x.device), tile_scales(K, m, x.device)) if columns else None
     a, b, s = row or column, column or row, q.scale if q else x            # what is not asked for is not written
-    APART = 16 // x.element_size()                                         # 128 threads load 16 bytes of a row each
-    quantize_kernel[triton.cdiv(M, BLOCK_M), k](
+    APART = 128 * 16 // (BLOCK_K * x.element_size())                       # 128 threads load 16 bytes of a row each
+    quantize_kernel[triton.cdiv(M, BLOCK_M) * triton.cdiv(K, BLOCK_K),](
         x, s, weight, r, a.values, a.scale, b.values, b.scale, M, K, x.stride(0), *s.stride(), a.values.stride(0),
-        b.values.stride(0), q is not None, before, rows, columns, pow2, BLOCK_M, APART, num_warps=4)
+        b.values.stride(0), q is not None, before, rows, columns, pow2, BLOCK_M, BLOCK_K, APART, num_warps=4)
     return row, column
 
 
@@ -295,18 +346,20 @@ def blocks_triton(w):
     """w [E, out, in] -> Quantized in 128x128 blocks; the bits are quantize_torch's."""
     (E, M, K), w = w.shape, w.contiguous()
     m, k = triton.cdiv(M, BLOCK), triton.cdiv(K, BLOCK)
-    q = Quantized(empty(E, M, K, device=w.device), torch.empty(E, m, k, device=w.device))
-    blocks_kernel[m, k, E](w, q.values, q.scale, M, K, q.values.stride(1), num_warps=8)
+    q = Quantized(empty(E, M, K, device=w.device), block_scales(E, m, k, w.device))
+    blocks_kernel[m, k, E](w, q.values, q.scale, M, K, q.values.stride(1), q.scale.stride(1), num_warps=8)
     return q
 
 
 def transpose_triton(q):
-    """Quantized [E, M, K] in blocks -> its transpose [E, K, M], K-major for Dgrad."""
-    E, M, K = q.values.shape
-    t = empty(E, K, M, device=q.values.device)
-    transpose_kernel[triton.cdiv(M, BLOCK), triton.cdiv(K, BLOCK), E](
-        q.values.view(torch.uint8), t.view(torch.uint8), M, K, *q.values.stride()[:2], *t.stride()[:2], num_warps=8)
-    return Quantized(t, q.scale.mT)
+    """Quantized [E, M, K] in blocks (blocks_triton's) -> its transpose [E, K, M], K-major for Dgrad."""
+    (E, M, K), device = q.values.shape, q.values.device
+    m, k = triton.cdiv(M, BLOCK), triton.cdiv(K, BLOCK)
+    t = Quantized(empty(E, K, M, device=device), block_scales(E, k, m, device))
+    transpose_kernel[m, k, E](q.values.view(torch.uint8), t.values.view(torch.uint8), q.scale, t.scale, M, K,
+                              *q.values.stride()[:2], *t.values.stride()[:2], q.scale.stride(1), t.scale.stride(1),
+                              num_warps=8)
+    return t
 
 
 # --- which one runs ---------------------------------------------------------------------------------------------------
@@ -386,7 +439,7 @@ if backend.has_triton():
             b = tl.load(h + at + F, mask=inside, other=0.0).to(tl.float32) \
                 * tl.load(h_scale + scale_at + ((f + F) // 128)[None, :] * h_scale_k, mask=inside, other=0.0)
             g = tl.load(dy + r[:, None] * F + f[None, :], mask=inside, other=0.0).to(tl.float32)
-            s = tl.sigmoid(a)
+            s = sigmoid(a)
             if GATED:
                 total += tl.sum(g * a * s * b, 1)
                 g *= tl.load(gate + r, mask=r < R, other=0.0).to(tl.float32)[:, None]

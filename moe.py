@@ -42,7 +42,7 @@ from configs import UserError
 from experts import sum_triton
 from experts_few import MAX_TOKENS, experts
 from experts_fp8 import routed_triton
-from fp8 import Linear, Products, SwiGLU, busy, linear_triton, weight_gradient
+from fp8 import Linear, Products, SwiGLU, busy, linear, linear_triton, weight_gradient
 from fp8_tiles import Quantized, bits, quantize
 
 if backend.has_triton():
@@ -96,7 +96,7 @@ class Gate(nn.Module):
         if backend.use_decode_kernels(x, MAX_TOKENS) and not self.training:
             logits = linear_triton(x.flatten(0, 1), self.weight, high)                        # [N, E]
             return Routing(x.shape[:2], *route_triton(logits, self.bias, *limits), len(self.weight), 0.0)
-        logits = F.linear(x.to(high), self.weight.to(high))                                   # [B, T, E]
+        logits = linear(x, self.weight, high)                                                 # [B, T, E]
         scores = logits.sigmoid()
         indices, weights = route(logits.flatten(0, 1), scores.flatten(0, 1), self.bias, *limits)
         balance = balance_loss(scores, self.K, self.scope) if self.balanced and self.training else scores.new_zeros(())

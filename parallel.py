@@ -86,7 +86,6 @@ class Mesh:
     pp: int = 1
     ep: int = 1
     ep_nodes: int = 1                                    # machines over which ep neighbours stand
-    dp_group: object = None                              # ranks that hold the same layers
     pp_group: object = None                              # those that see the same sequences
     replicas: dict = field(default_factory=dict)         # (expert?, copied in the pipeline?): who holds a parameter
     inside: object = None                                # ep neighbours on one machine
@@ -157,19 +156,21 @@ class Mesh:
         def group(ranks):
             return dist.new_group(sorted(ranks), patience, use_local_synchronization=True) if len(ranks) > 1 else None
 
-        def stage(pp_rank, step=1):
-            return {*range(pp_rank * self.dp + self.rank % step, (pp_rank + 1) * self.dp, step)}
-
-        twin, here = self.pp - 1 - self.pp_rank, self.ep // self.ep_nodes
+        here = self.ep // self.ep_nodes
         neighbours = range(self.rank - self.ep_rank, self.rank - self.ep_rank + self.ep)
-        self.dp_group = group(stage(self.pp_rank))
         self.pp_group = group(range(self.dp_rank, self.world, self.dp))
-        self.replicas = {(False, False): self.dp_group,
-                         (True, False): group(stage(self.pp_rank, self.ep)),
-                         (False, True): group(stage(self.pp_rank) | stage(twin)),
-                         (True, True): group(stage(self.pp_rank, self.ep) | stage(twin, self.ep))}
+        self.replicas = {kind: group(ranks) for kind, ranks in self.sharers().items()}
         self.inside = group(neighbours[self.ep_rank // here * here:][:here])
         self.between = group(neighbours[self.ep_rank % here::here])
+
+    def sharers(self):
+        """{(expert?, copied in the pipeline?): the ranks that hold such a parameter of this one's, in order}."""
+        def stage(pp_rank, step):
+            return {*range(pp_rank * self.dp + self.rank % step, (pp_rank + 1) * self.dp, step)}
+
+        mine, twin = self.pp_rank, self.pp - 1 - self.pp_rank
+        return {(expert, copied): sorted(stage(mine, step) | (stage(twin, step) if copied else set()))
+                for expert, step in ((False, 1), (True, self.ep)) for copied in (False, True)}
 
     def same(self, what, values):
         """UserError on every rank where a rank's dict of `values` is not that of rank 0."""
@@ -344,39 +345,113 @@ def size(group):
     return 1 if group is None else dist.get_world_size(group)
 
 
+def owners(sizes, ranks):
+    """{name: the rank, of so many with the same tensors, that owns it} for {name: numbers in it}: the largest first,
+    each to the rank that has least so far."""
+    load, out = [0] * ranks, {}
+    for name, size in sorted(sizes.items(), key=lambda item: (-item[1], item[0])):
+        out[name] = load.index(min(load))
+        load[out[name]] += size
+    return out
+
+
+@dataclass(eq=False)
+class Bucket:
+    """Parameters whose gradients, and new weights, travel together: those of one group and one owner."""
+    group: object
+    owner: int                                           # its number in the group
+    mine: bool                                           # the owner is this rank
+    params: list = field(default_factory=list)
+    missing: float = math.inf                            # gradients to come before their sum may start
+    flat: object = None                                  # what travels, while it does
+    work: object = None
+
+    def room(self, p, most):
+        """Whether p may travel with the others in a message of up to `most` bytes."""
+        return sum(q.nbytes for q in self.params) + p.nbytes <= most and p.dtype == self.params[0].dtype
+
+    def together(self, tensors):
+        """The tensors in one piece; where there is one only, itself."""
+        return tensors[0].flatten() if len(tensors) == 1 else torch.cat([t.flatten() for t in tensors])
+
+    def apart(self, flat):
+        return [t.view_as(p) for p, t in zip(self.params, flat.split([p.numel() for p in self.params]))]
+
+
 class Shares:
     """The parameters that this rank holds, {name: (parameter, the group of its replicas)}, and who owns which.
 
     owned: {name: parameter} that this rank saves and counts, of each parameter one replica's; updated: those that its
     optimizer works on, with ZeRO-1 the owned ones, else all. dtype: in which gradients are summed; None: their own.
+
+    Sums start while backward goes on. Gradients travel in buckets, filled in the order in which backward comes to the
+    parameters, from the model's end. A bucket sets off when its gradients have all come and the buckets before it are
+    on their way: so the order is the same on all ranks, as their exchanges want it. What has not set off by the end of
+    backward does so then.
     """
+    BUCKET = 25 * 2**20                                  # bytes; a larger tensor travels alone
 
     def __init__(self, held, zero1=True, dtype=None):
-        self.zero1, self.dtype, self.owned, self.buckets, loads = zero1, dtype, {}, {}, {}
-        for name, (p, group) in sorted(held.items(), key=lambda item: (-item[1][0].numel(), item[0])):
-            load = loads.setdefault(group, [0] * (1 if group is None else dist.get_world_size(group)))
-            owner = load.index(min(load))                                # the largest first, each to who has least
-            load[owner] += p.numel()
-            mine = group is None or owner == dist.get_rank(group)
-            if mine:
-                self.owned[name] = p
-            if group is not None:
-                self.buckets.setdefault((group, owner, mine), []).append(p)
-        self.owned = {name: self.owned[name] for name in held if name in self.owned}            # in the model's order
+        self.zero1, self.dtype, self.buckets, self.bucket, self.off, sizes = zero1, dtype, [], {}, 0, {}
+        for name, (p, group) in held.items():
+            sizes.setdefault(group, {})[name] = p.numel()
+        owner = {name: rank for group in sizes for name, rank in owners(sizes[group], size(group)).items()}
+        mine = {name: group is None or owner[name] == dist.get_rank(group) for name, (_, group) in held.items()}
+        self.owned = {name: p for name, (p, _) in held.items() if mine[name]}
         self.updated = self.owned if zero1 else {name: p for name, (p, _) in held.items()}
+        filling = {}
+        for name, (p, group) in reversed(held.items()):
+            if group is None:
+                continue
+            bucket = filling.get((group, owner[name]))
+            if not bucket or not bucket.room(p, self.BUCKET):
+                bucket = filling[group, owner[name]] = Bucket(group, owner[name], mine[name])
+            else:
+                self.buckets.remove(bucket)              # it is complete when its last gradient is
+            bucket.params.append(p)
+            self.buckets.append(bucket)
+            self.bucket[p] = bucket
+
+    def expect(self, times):
+        """So many gradients will be added to each parameter's before `sum_gradients`: let their sums start early, where
+        `arrived` is told of every one of them."""
+        for bucket in self.buckets:
+            bucket.missing = times * len(bucket.params)
+
+    def arrived(self, p):
+        """A gradient has been added to p.grad: a hook for autograd's register_post_accumulate_grad_hook."""
+        if p in self.bucket:
+            self.bucket[p].missing -= 1
+            while self.off < len(self.buckets) and not self.buckets[self.off].missing:
+                self.set_off()
+
+    @torch.no_grad()
+    def set_off(self):
+        """Start the sum of the next bucket."""
+        bucket, self.off = self.buckets[self.off], self.off + 1
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket.params]
+        for p in bucket.params:
+            p.grad = None
+        bucket.flat = bucket.together(grads).to(self.dtype or grads[0].dtype)
+        if self.zero1:
+            bucket.work = dist.reduce(bucket.flat, group=bucket.group, group_dst=bucket.owner, async_op=True)
+        else:
+            bucket.work = dist.all_reduce(bucket.flat, group=bucket.group, async_op=True)
 
     @torch.no_grad()
     def sum_gradients(self):
         """Sum every gradient over the replicas of its parameter: for the owner alone or, without ZeRO-1, for all."""
-        for (group, owner, mine), bucket in self.buckets.items():
-            flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in bucket])
-            summed = flat.to(self.dtype or flat.dtype)
-            if self.zero1:
-                dist.reduce(summed, group=group, group_dst=owner)
-            else:
-                dist.all_reduce(summed, group=group)
-            for p, grad in zip(bucket, summed.to(flat.dtype).split([p.numel() for p in bucket])):
-                p.grad = grad.view_as(p) if mine or not self.zero1 else None
+        while self.off < len(self.buckets):
+            self.set_off()
+        for bucket in self.buckets:
+            bucket.work.wait()
+            if any(p.grad is not None for p in bucket.params):
+                raise RuntimeError("a gradient came after the sum of its bucket had started: `expect` was told of fewer")
+            if bucket.mine or not self.zero1:
+                for p, grad in zip(bucket.params, bucket.apart(bucket.flat.to(bucket.params[0].dtype))):
+                    p.grad = grad
+            bucket.work, bucket.flat, bucket.missing = None, None, math.inf
+        self.off = 0
 
     def clip(self, most, mesh):
         """Scale the summed gradients so that the norm of all of them together, every parameter of the model once, is at
@@ -389,12 +464,23 @@ class Shares:
 
     @torch.no_grad()
     def send_updated(self):
-        """With ZeRO-1 the owners' new weights go to all replicas."""
-        for (group, owner, mine), bucket in self.buckets.items() if self.zero1 else ():
-            flat = torch.cat([p.flatten() for p in bucket])
-            dist.broadcast(flat, group=group, group_src=owner)
-            for p, new in zip(bucket, flat.split([p.numel() for p in bucket])) if not mine else ():
-                p.copy_(new.view_as(p))
+        """With ZeRO-1 the owners' new weights set off to all replicas; nobody may read them before `receive_updated`,
+        nor write to them."""
+        for bucket in self.buckets if self.zero1 else ():
+            bucket.flat = bucket.together(bucket.params)
+            bucket.work = dist.broadcast(bucket.flat, group=bucket.group, group_src=bucket.owner, async_op=True)
+
+    @torch.no_grad()
+    def receive_updated(self):
+        """... and arrive."""
+        for bucket in self.buckets if self.zero1 else ():
+            bucket.work.wait()
+            for p, new in zip(bucket.params, bucket.apart(bucket.flat)) if not bucket.mine else ():
+                if new.data_ptr() == p.data_ptr():
+                    torch.autograd.graph.increment_version(p)            # written to without its knowledge
+                else:
+                    p.copy_(new)
+            bucket.work, bucket.flat = None, None
 
 
 # --- checkpoints: files -----------------------------------------------------------------------------------------------

@@ -75,7 +75,7 @@ def human(n, unit=""):
     return f"{n:.0f} {unit}".strip()
 
 
-def plan(c, device, data=None):
+def plan(c, device, data=None, world=1):
     """Print what the run will cost and which path each mechanism takes. Returns arithmetic(c)."""
     a = arithmetic(c)
     everything = a["total"] + a["mtp"]
@@ -106,7 +106,7 @@ def plan(c, device, data=None):
                    f"({a['bytes'] / everything:.1f} bytes per parameter) + {human(activations, 'B')} activations"),
         ("latent cache", f"{a['cache_bytes']:,} bytes per token in BF16"),
         ("device", f"{backend.name(device)}, {c.precision}, torch {torch.__version__}"),
-        *((what, f"{path} ({why})") for what, path, why in backend.table(device, c)),
+        *((what, f"{path} ({why})") for what, path, why in backend.table(device, c, world)),
     ]
     if a["converted"]:
         converted, left = a["converted"]
@@ -327,7 +327,7 @@ def main(argv, mesh=None):
     device = mesh.device(backend.device(c.device))
     backend.keep_freed_memory()
     if c.plan:
-        tokens = plan(c, device)["tokens"]
+        tokens = plan(c, device, world=mesh.world)["tokens"]
         if mesh.pp > 1:
             print(cluster.report(c, mesh.pp, mesh.dp, mesh.ep, tokens))
         elif mesh.world > 1:
@@ -411,7 +411,7 @@ def run(c, device, mesh, newest, command):
     # Everything that can be wrong with the input is found here, before the first long work.
     data = mesh.one_first(lambda: Data(c))
     mesh.same("data", data.identity)
-    a = plan(c, device, data)
+    a = plan(c, device, data, mesh.world)
     modules, pipe = ranks.build(c, device, mesh, c.init_from and not newest)              # one process: [V3], None
     shares, counters = ranks.replicas(c, mesh, modules, pipe)
     gates = [gate for module in modules for gate in module.gates()]
@@ -435,8 +435,10 @@ def run(c, device, mesh, newest, command):
     elif not pipe:
         for p in modules[0].parameters():
             p.queue = AtOnce()                                     # later micro-batches add to .grad inside the product
-    recorded = backend.training_graph(device, c)[0] == "CUDA graph"
+    recorded = backend.training_graph(device, c, mesh.world)[0] == "CUDA graph"
     micro_batch = Recorded(modules[0]) if recorded else partial(forward_backward, modules[0])
+    for p in modules[0].parameters() if mesh.world > 1 and not pipe else ():
+        p.register_post_accumulate_grad_hook(shares.arrived)
 
     peak = backend.peak_flops(device, c.precision)
     tokenizer = tokenizer_json(data.tokenizer).decode()
@@ -465,6 +467,7 @@ def run(c, device, mesh, newest, command):
                 group["lr"] = learning_rate(c, step)
             batch = data.batch(step, mesh.dp_rank, mesh.dp).to(device)                # [size / dp, T+1+n_mtp]
             totals = [size * c.seq_len] * counts, size
+            shares.expect(math.ceil(len(batch) / c.micro_batch_size))
             parts = {"loss": 0.0, "mtp_loss": 0.0, "balance_loss": 0.0}
             if pipe:
                 parts = ranks.pipelined(c, pipe, batch, totals, mtp_weight(c, step))
@@ -487,6 +490,7 @@ def run(c, device, mesh, newest, command):
                     gate.update_bias(bias_update_speed(c, step))
                 for name, average in ema.items():
                     average.lerp_(shares.owned[name].detach().cpu(), 1 - c.ema_decay)
+                shares.receive_updated()
             else:
                 skipped += 1
                 print(f"step {step + 1}: loss {parts['loss']} or gradient norm {norm} is not finite; step skipped "

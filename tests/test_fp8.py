@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import gradients, lively, random_tokens, tiny
+from conftest import GPU, gradients, lively, no_triton, random_tokens, tiny
 from safetensors.torch import load_file
 
 import backend
@@ -18,6 +18,7 @@ import fp8_tiles
 from fp8 import Linear, Products, Recipe
 from fp8_gemm import gemm_torch
 from fp8_tiles import E4M3, E5M6, LEAST, Quantized, quantize_torch
+from mla import MLA, rope_table
 from model import V3, from_hf, official_tensors, save_hf
 from moe import FFN, MoE, SwiGLU, weighted_swiglu
 
@@ -236,21 +237,40 @@ def test_only_fp8_is_kept_of_an_input_and_no_copy_of_the_weight():
     assert sum(t.nbytes for t in kept) == 256 * 384 + 256 * 3 * 4
 
 
-def test_the_linear_after_attention_keeps_12_bits_with_scales_of_powers_of_two():
-    recipe = Recipe(E5M6, reference=True)
-    layer, x, dy = linear_fp8(140, 200, 60, recipe)
+def test_the_linear_after_attention_keeps_its_input_itself_and_rounds_it_to_12_bits_in_backward():
+    layer, x, dy = linear_fp8(140, 200, 60, Recipe(E5M6, reference=True))
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         y = layer(x)
-    values, scale = kept
-    assert values.dtype == torch.float16 and (values.view(torch.int16) & 15 == 0).all()        # 6 of FP16's 10 bits
-    assert torch.equal(fp8_tiles.round_up(scale), scale)
+    assert [t.data_ptr() for t in kept] == [x.data_ptr()]
     y.backward(dy)
-    w = quantize_torch(layer.weight.detach(), 128)
+    w, q = quantize_torch(layer.weight.detach(), 128), quantize_torch(x.detach(), fmt=E5M6, pow2=True)
+    assert q.values.dtype == torch.float16 and (q.values.view(torch.int16) & 15 == 0).all()    # 6 of FP16's 10 bits
+    assert torch.equal(fp8_tiles.round_up(q.scale), q.scale)
     assert torch.equal(y.detach(), gemm_torch(quantize_torch(x.detach(), pow2=True), w))
-    x12 = Quantized(values, scale).dequantize()
+    x12 = q.dequantize()
     assert error(x12, x.detach()) < 0.008
     assert torch.equal(layer.weight.grad, gemm_torch(quantize_torch(dy.t()), quantize_torch(x12.t(), pow2=True)))
+
+
+@pytest.mark.parametrize("path", ["torch SDPA", pytest.param("Triton", marks=no_triton)])
+def test_attentions_output_waits_once_for_its_own_backward_and_for_the_linear_after_it(path, monkeypatch):
+    monkeypatch.setattr(backend, "attention", lambda *_: (path, "a test"))
+    c = tiny(n_heads=2, qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=32, seq_len=16)
+    layer, kept, device = MLA(c).to("cuda" if GPU else "cpu"), {}, "cuda" if GPU else "cpu"
+    for p in layer.parameters():
+        torch.nn.init.normal_(p)
+    fp8.convert(layer, reference=True)
+    x = torch.randn(2, 16, c.dim, dtype=torch.bfloat16 if GPU else torch.float32, device=device, requires_grad=True)
+
+    def keep(t):
+        kept.setdefault(t.untyped_storage().data_ptr(), []).append(t)
+        return t
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        layer(x, rope_table(c).to(device))
+    (output, waits), = [ts for ts in kept.values() if ts[-1].shape == (32, 64)]                # wo's input
+    assert output.shape in ((2, 16, 2, 32), (2, 2, 16, 32))                                    # as attention wrote it
+    assert output.untyped_storage().nbytes() == output.nbytes == waits.nbytes
 
 
 def test_weights_are_quantized_once_per_step_and_again_when_somebody_wrote_to_them(monkeypatch):
@@ -379,6 +399,49 @@ def test_a_row_of_a_group_meets_its_own_expert_and_an_idle_experts_gradient_is_z
             assert torch.equal(w.grad[e], own.grad) and torch.equal(x.grad[start:end], rows.grad)
         else:
             assert (w.grad[e] == 0).all()
+
+
+class Doubled(torch.autograd.Function):
+    """In place, as RoPE turns."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.mark_dirty(x)
+        return x.mul_(2)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 2 * grad
+
+
+def test_what_is_done_in_place_to_the_output_of_a_linear_copies_no_gradient():
+    layer, x = Linear(40, 60), torch.randn(2, 3, 40, requires_grad=True)
+    torch.nn.init.normal_(layer.weight)
+    layer.recipe = Recipe(reference=True)
+    y = Doubled.apply(layer(x))
+    assert type(y.grad_fn.next_functions[0][0]).__name__ == "ProductsBackward"             # for a view: CopySlices
+    y.sum().backward()
+    assert x.grad.shape == x.shape and error(x.grad, 2 * torch.ones(2, 3, 60) @ layer.weight.detach()) < 0.1
+
+
+def test_a_float32_product_of_bf16_numbers_in_three_bf16_parts_is_as_exact(monkeypatch):
+    x, dy = torch.randn(2, 30, 300).bfloat16(), torch.randn(2, 30, 17)
+    weight = torch.randn(17, 300) * torch.logspace(-3, 3, 17)[:, None]
+    assert torch.equal(sum(part.float() for part in fp8.parts(weight)), weight)
+    monkeypatch.setattr(backend, "multiply_in_parts", lambda x, dtype: dtype == torch.float32)
+    leaf, w = x.clone().requires_grad_(), torch.nn.Parameter(weight.clone())
+    y = fp8.linear(leaf, w, torch.float32)
+    assert y.dtype == torch.float32 and error(y, x.double() @ weight.double().t()) < 5e-7
+    y.backward(dy)
+    exact = dy.double() @ weight.double()
+    assert leaf.grad.dtype == torch.bfloat16 and error(leaf.grad, exact) < 1.01 * error(exact.bfloat16(), exact)
+    assert error(w.grad, dy.double().flatten(0, 1).t() @ x.double().flatten(0, 1)) < 5e-7
+    queue = []
+    w.queue, before = queue, w.grad.clone()
+    fp8.linear(leaf, w, torch.float32).backward(dy)
+    assert torch.equal(w.grad, before)
+    queue[0]()
+    assert torch.equal(w.grad, 2 * before)
 
 
 def test_the_gate_weight_of_a_row_gets_its_gradient_through_the_recomputed_swiglu():

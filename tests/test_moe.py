@@ -121,6 +121,25 @@ def test_the_load_counts_the_tokens_of_each_expert():
     assert routing.load.dtype == torch.int64 and routing.load.tolist() == [3, 2, 1, 0]
 
 
+def test_the_gate_works_in_float32_and_keeps_its_input_as_it_came():
+    g, kept = Gate(tiny(dim=48)), []
+    torch.nn.init.normal_(g.weight)
+    x = torch.randn(2, 5, 48).to(torch.bfloat16).requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        routing = g(x)
+    assert [t.dtype for t in kept if t.shape[-1] == 48 and t.shape != g.weight.shape] == [torch.bfloat16]
+    dy = torch.randn(10, 2)
+    routing.weights.backward(dy)
+    dx, dw = x.grad, g.weight.grad
+    x.grad = g.weight.grad = None
+    scores = F.linear(x.float(), g.weight).flatten(0, 1).sigmoid()
+    picked = scores.gather(1, routing.indices)
+    assert torch.equal(routing.weights, picked / (picked.sum(1, keepdim=True) + 1e-20) * g.route_scale)
+    (picked / (picked.sum(1, keepdim=True) + 1e-20) * g.route_scale).backward(dy)
+    agree(dx, x.grad, 1e-2, "dx in BF16")
+    agree(dw, g.weight.grad, 1e-6, "dW")
+
+
 def test_the_gate_only_counts_when_it_is_told_to():
     g = gate(4, 2)
     route(g, random_affinities(9, 4))

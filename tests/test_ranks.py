@@ -245,6 +245,12 @@ def test_nobody_owns_much_more_than_the_others(ran):
     assert sum(sizes) == sum(p.numel() for p in V3(configs.load(["small.py"])).parameters())
 
 
+def test_a_parameter_goes_to_who_has_least_and_the_largest_choose_first():
+    sizes = {"a": 3, "b": 9, "c": 4, "d": 4, "e": 1}
+    assert parallel.owners(sizes, 2) == {"b": 0, "c": 1, "d": 1, "a": 1, "e": 0}                  # 10 and 11
+    assert set(parallel.owners(sizes, 1).values()) == {0}
+
+
 # --- faults -----------------------------------------------------------------------------------------------------------
 
 SHORT = dict(max_steps=8, save_interval=2, eval_interval=0)
@@ -297,6 +303,25 @@ def test_a_step_that_one_rank_finds_not_finite_is_skipped_by_all(tmp_path):
     assert [row["grad_norm"] is None for row in metrics(tmp_path / "run")[:4]] == [False, False, True, False]
     assert parallel.read_state(parallel.latest(tmp_path / "run"))["updates"] == 7
     assert all(t.isfinite().all() for t in tensors(tmp_path / "run").values() if t.dtype == torch.float32)
+
+
+@pytest.mark.parametrize("when", ["in backward", "after it"])
+def test_a_buckets_sum_sets_off_in_backward_once_its_gradients_are_there_and_that_changes_no_bit(when, short_ep,
+                                                                                                 tmp_path):
+    def spoil(rank):
+        sum_gradients, parallel.Shares.BUCKET = parallel.Shares.sum_gradients, 2**13
+        if when == "after it":
+            parallel.Shares.arrived = lambda self, p: None
+
+        def tell(self):
+            assert len(self.buckets) > 10 and max(len(b.params) for b in self.buckets) > 1
+            assert all(len(b.params) == 1 or sum(p.nbytes for p in b.params) <= 2**13 for b in self.buckets)
+            print(f"{self.off / len(self.buckets):.0%} under way")
+            sum_gradients(self)
+        parallel.Shares.sum_gradients = tell
+    said = go(2, tmp_path / "run", fault=spoil, ep=2, **SHORT)
+    assert said.count({"in backward": "100%", "after it": "0%"}[when] + " under way") == 8
+    same_bits(tmp_path / "run", short_ep)
 
 
 def test_an_error_of_one_rank_ends_all_and_is_told_once_with_the_rank(tmp_path):

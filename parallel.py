@@ -150,6 +150,9 @@ class Mesh:
                             f"{'GPUs: it was built without NCCL' if device.type == 'cuda' else 'ranks there'}; use "
                             f"--device=cpu, or one rank")
         patience = datetime.timedelta(seconds=self.timeout)
+        # NCCL's guard would leave a note of a rank that died in torchrun's own store, where the ranks that are started
+        # after it find the note, take it for theirs, and wait.
+        os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "0")
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=self.store,
                                 rank=self.rank, world_size=self.world, timeout=patience)
 
@@ -446,7 +449,7 @@ class Shares:
         for bucket in self.buckets:
             bucket.work.wait()
             if any(p.grad is not None for p in bucket.params):
-                raise RuntimeError("a gradient came after the sum of its bucket had started: `expect` was told of fewer")
+                raise RuntimeError("a gradient came after its bucket had set off: `expect` was told of fewer")
             if bucket.mine or not self.zero1:
                 for p, grad in zip(bucket.params, bucket.apart(bucket.flat.to(bucket.params[0].dtype))):
                     p.grad = grad

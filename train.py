@@ -191,10 +191,10 @@ class Recorded:
     """forward_backward from CUDA graphs. A micro-batch is a thousand kernels, many of some microseconds, and the host
     starts them more slowly than the GPU ends them; recorded once, they are started as one.
 
-    There are two graphs. The first micro-batch of a step casts and quantizes the weights, which have changed, and writes
-    their gradients; the others add to these. A graph finds and leaves everything in the same memory: tokens are copied
-    to where it reads them, and its gradients are put in .grad again when a step has cleared that. The numbers that it
-    was given are part of it, so with others it is recorded anew.
+    There are two graphs. The first micro-batch of a step casts and quantizes the weights, which have changed, and
+    writes their gradients; the others add to these. A graph finds and leaves everything in the same memory: tokens are
+    copied to where it reads them, and its gradients are put in .grad again when a step has cleared that. The numbers
+    that it was given are part of it, so with others it is recorded anew.
     """
 
     def __init__(self, v3):

@@ -548,8 +548,8 @@ def scaling(job, case):
     for p in modules[0].parameters() if not pipe else ():
         p.queue = AtOnce()
     recorded = backend.training_graph(device, c, mesh.world)[0] == "CUDA graph"
-    for p in modules[0].parameters() if mesh.world > 1 and not pipe else ():
-        p.register_post_accumulate_grad_hook(shares.arrived)
+    hooks = [p.register_post_accumulate_grad_hook(shares.arrived)
+             for p in (modules[0].parameters() if mesh.world > 1 and not pipe else ())]
     micro_batch = train.Recorded(modules[0]) if recorded else partial(train.forward_backward, modules[0])
     parts = modules, pipe, micro_batch, shares, counters, optimizer
     tokens = torch.randint(c.vocab_size, (c.batch_size // mesh.dp, c.seq_len + 1 + c.n_mtp), device=device)
@@ -560,6 +560,8 @@ def scaling(job, case):
     seconds, computed = (statistics.median(column) for column in zip(*times))
     out = {"seconds": seconds, "computed": computed, "tokens": c.batch_size * c.seq_len,
            "peak_bytes": backend.peak_memory(device)}
+    for hook in hooks:                         # or parameters and shares, which hold each other, outlive the case
+        hook.remove()
     if pipe:
         mean = {kind: statistics.mean(ms() for k, ms in spans if k == kind) / 1e3 for kind in {k for k, _ in spans}}
         out["durations"] = mesh.gather(mean)[::mesh.dp]                        # of each rank of the first pipeline

@@ -200,7 +200,7 @@ if backend.has_triton():
     def through_e5m6(tile):
         """What is left of a tile [rows, 128] rounded to E5M6, NaN in a row that has one."""
         scale = scale_of(largest(tile, 1), True, 65024.0)[:, None]
-        scaled = tile * tl.div_rn(1.0, scale)
+        scaled = tile * one_over(scale)
         exponent = tl.maximum((size(scaled) >> 23) - 127, -14)
         large = ((exponent - 6 + 127) << 23).to(tl.float32, bitcast=True) * 12582912.0
         rounded = size((scaled + large) - large) | (tile.to(tl.int32, bitcast=True) & -0x80000000)

@@ -53,7 +53,6 @@ from fp8_tiles import (
     E5M6,
     Format,
     Quantized,
-    e5m6,
     quantize,
     quantize_blocks,
     quantize_both,
@@ -160,7 +159,7 @@ class Products(torch.autograd.Function):
     def backward(ctx, dy):
         values, scale, gate = ctx.saved_tensors
         weight, ends, recipe, swiglu, dgate = ctx.weight, ctx.ends, ctx.recipe, ctx.swiglu, None
-        x = e5m6(values, recipe.reference) if scale is None else Quantized(values, scale)
+        x = values if scale is None else Quantized(values, scale)
         lead, dy, dy_columns = dy.shape[:-1], dy.flatten(0, -2), {}
         dx = dy.new_empty(len(dy), weight.shape[-1])
         w = transpose(ctx.w, recipe.reference)
@@ -175,8 +174,9 @@ class Products(torch.autograd.Function):
 
 
 def wgrad(weight, dy_columns, x, ends, recipe, swiglu=False, gate=None, grad=None):
-    """Wgrad, dW_e = dy_e^T a_e: dy_columns {busy expert: Quantized [out, its rows]}, x Quantized, in 1x128 tiles, is a,
-    or what its SwiGLU is made of -> float32, of the weight's shape, added to `grad` if that is given."""
+    """Wgrad, dW_e = dy_e^T a_e: dy_columns {busy expert: Quantized [out, its rows]}; x, as it was kept, Quantized in
+    1x128 tiles or (E5M6) plain, is a, or what its SwiGLU is made of -> float32, of the weight's shape, added to `grad`
+    if that is given."""
     add = grad is not None
     if not add:                                                     # zero for an idle expert, written for the others
         grad = (torch.empty_like if len(dy_columns) == len(ends) else torch.zeros_like)(weight)
@@ -184,7 +184,7 @@ def wgrad(weight, dy_columns, x, ends, recipe, swiglu=False, gate=None, grad=Non
     for e, rows in busy(ends):
         own = None if gate is None else gate[rows]
         columns = quantize_swiglu_columns(x[rows], own, recipe.pow2, recipe.reference) \
-            if swiglu else quantize_columns(x[rows], recipe.pow2, recipe.reference)           # [in, its rows]
+            if swiglu else quantize_columns(x[rows], recipe.kept, recipe.reference)           # [in, its rows]
         gemm(dy_columns[e], columns, stack[e], recipe.reference, add)
     return grad
 

@@ -212,7 +212,8 @@ def mm(a, b, dtype):
 
 
 class Product(torch.autograd.Function):
-    """linear_torch, with a Wgrad that can be put off. x is kept in its own dtype, whichever that of the product is.
+    """linear_torch, with a Wgrad that can be put off. Kept are x and the weight themselves, whichever dtype the product
+    has: a copy would wait with every micro-batch that a pipeline has under way.
 
     A product in float32 of BF16 x, the gate's, would keep the tensor cores idle: they multiply BF16. In `parts` a
     float32 factor is three BF16 ones, and three products of them are as exact. Only dx, which is rounded to BF16
@@ -222,13 +223,12 @@ class Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, dtype=None):
         ctx.split = backend.multiply_in_parts(x, dtype)
-        w = weight if ctx.split else weight.to(dtype or x.dtype)
-        ctx.save_for_backward(x, w)
+        ctx.save_for_backward(x, weight)
         ctx.weight = weight                                              # the parameter itself: the queue hangs on it
         if ctx.split:
-            y = mm(x.flatten(0, -2), torch.cat(parts(w)).t(), torch.float32)
-            return y.view(*x.shape[:-1], 3, len(w)).sum(-2)
-        return F.linear(x.to(w.dtype), w)
+            y = mm(x.flatten(0, -2), torch.cat(parts(weight)).t(), torch.float32)
+            return y.view(*x.shape[:-1], 3, len(weight)).sum(-2)
+        return linear_torch(x, weight, dtype)
 
     @staticmethod
     def backward(ctx, dy):
@@ -242,7 +242,7 @@ class Product(torch.autograd.Function):
             wgrad = lambda: mm(torch.cat(three, 1).t(), rows[1], torch.float32).view(3, *w.shape).sum(0)
         else:
             if ctx.needs_input_grad[0]:
-                dx = (dy @ w).to(x.dtype)
+                dx = (dy @ w.to(dy.dtype)).to(x.dtype)
             wgrad = lambda: (rows[0].t() @ rows[1].to(dy.dtype)).to(weight.dtype)
         return dx, weight_gradient(weight, wgrad) if ctx.needs_input_grad[1] else None, None
 

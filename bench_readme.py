@@ -275,6 +275,11 @@ def tables():
               for r in m["runs"]), "",
             f"{m['gpu']}, {m['runs'][0]['tokens']:,} tokens. Ours keeps FP32 weights, gradients and, where nothing is "
             f"said, moments; transformers was given BF16 for all of them, half the bytes."])
+        if small := {r["name"]: r["tokens_per_s"] for r in m.get("small", ())}:
+            out["step"] += (
+                f"\n\nThe same of `config/gpu.py`, whose kernels are short: {small['launched']:,.0f} tokens/s "
+                f"launched, {small['graph']:,.0f} as a graph ({small['graph'] / small['launched']:.2f}x), "
+                f"{small['graph, FP8']:,.0f} of them in FP8, which costs more than it brings at 512 dims.")
     if s:
         rows = lambda s: "\n".join([
             "| drafts | of them accepted | tokens per forward pass | time of the drafts / of a plain step | tokens/s | "

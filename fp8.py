@@ -216,8 +216,8 @@ class Product(torch.autograd.Function):
     has: a copy would wait with every micro-batch that a pipeline has under way.
 
     A product in float32 of BF16 x, the gate's, would keep the tensor cores idle: they multiply BF16. In `parts` a
-    float32 factor is three BF16 ones, and three products of them are as exact. Only dx, which is rounded to BF16
-    afterwards, makes do with 16 bits of its factors.
+    float32 factor is three BF16 ones, and of three products of them only the tensor cores' sums are less exact than
+    float32. dx, which is rounded to BF16 afterwards, makes do with 16 bits of its factors.
     """
 
     @staticmethod

@@ -1,24 +1,32 @@
-"""bench.py memory: what each rank of a run holds, measured, against what --plan says."""
+"""bench.py memory and scaling: what each rank of a run holds, against what --plan says; what many ranks, and one, cost.
+"""
 import gc
 import json
 import multiprocessing
+import os
 import socket
+import statistics
+import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+import backend
 import cluster
 import configs
 import parallel
 import ranks
 import train
 from configs import Config, UserError
+from data import Data
 from dualpipe import DualPipe
 from fp8 import AtOnce
-from measure import Allocated, record
+from measure import HERE, Allocated, call, lines, record
+from model import V3
 
 # --- memory -----------------------------------------------------------------------------------------------------------
 
@@ -164,3 +172,64 @@ def memory(options):
         layouts.append(against_plan(name, world, changes))
         print(f"{name}: the plan is off by at most {off(layouts[-1]):.1%}", flush=True)
     record("memory", "python bench.py memory", layouts=layouts)
+
+
+# --- scaling ----------------------------------------------------------------------------------------------------------
+
+SHORT = ["configs/tiny.py", "--save_interval=0", "--eval_stride=0"]
+
+
+def plain(steps):
+    """The loop that one writes for a single process, with the model, data and optimizer of configs/tiny.py and nothing
+    of ranks, schedules, checkpoints and logs. Prints the seconds of each step as JSON."""
+    backend.keep_freed_memory()
+    c, times = configs.load(SHORT), []
+    data, v3 = Data(c), V3(c)
+    optimizer = train.make_optimizer(c, v3.parameters())
+    for p in v3.parameters():
+        p.queue = AtOnce()
+    for step in range(steps):
+        began = time.time()
+        for micro in data.batch(step, 0, 1).split(c.micro_batch_size):
+            loss, _ = v3.loss(micro, totals=([c.batch_size * c.seq_len] * (1 + c.n_mtp), c.batch_size))
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(v3.parameters(), c.grad_clip)
+        optimizer.step()
+        for gate in v3.gates():
+            gate.update_bias(c.bias_update_speed)
+        optimizer.zero_grad()
+        times.append(time.time() - began)
+    print("TIMES", json.dumps(times))
+
+
+def trained(processes, steps, *flags):
+    """Seconds of each step of train.py on so many processes, of a thread each."""
+    with tempfile.TemporaryDirectory() as folder:
+        many = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] * (processes > 1)
+        run = subprocess.run([sys.executable, *many, "train.py", *SHORT, f"--max_steps={steps}", *flags,
+                              f"--out_dir={folder}/run"], cwd=HERE, capture_output=True, text=True, timeout=600,
+                             env={**os.environ, "OMP_NUM_THREADS": "1"})
+        if run.returncode:
+            raise UserError(f"train.py on {processes} processes failed: {run.stdout[-300:]} {run.stderr[-300:]}")
+        rows, _ = lines(f"{folder}/run")
+    batch = next((int(flag.partition("=")[2]) for flag in flags if flag.startswith("--batch_size")), 32)
+    return [batch * 128 / row["tokens_per_s"] for row in rows]
+
+
+WEAK = {"one process": (1, []), "dp2": (2, ["--batch_size=64"]), "ep2": (2, ["--batch_size=64", "--ep=2"]),
+        "pp2": (2, ["--batch_size=64", "--pp=2", "--micro_batch_size=8"])}
+
+
+def scaling(options):
+    """The default job in turns: the plain loop and train.py in one process; and with as much work for each of two."""
+    steps, load, runs = 40, os.getloadavg()[0], {"plain loop": [], **{name: [] for name in WEAK}}
+    for _ in range(int(options.get("repeats", 5))):
+        said = call(["-c", f"import torch, bench_ranks; torch.set_num_threads(1); bench_ranks.plain({steps})"], HERE)
+        runs["plain loop"].append(statistics.median(json.loads(said.split("TIMES")[1])))
+        for name, (processes, flags) in WEAK.items():
+            runs[name].append(statistics.median(trained(processes, steps, *flags)))
+        print({name: f"{times[-1] * 1e3:.1f} ms" for name, times in runs.items()}, flush=True)
+    step = {name: statistics.median(times) for name, times in runs.items()}
+    record("scaling", "python bench.py scaling", steps=steps, seconds=runs, load_before=load,
+           overhead=step["one process"] / step["plain loop"] - 1,
+           efficiency={name: step["one process"] / step[name] for name in WEAK if name != "one process"})

@@ -118,6 +118,7 @@ def model_config(c, argv):
     the number of MTP depths may be given beside it: --n_mtp=0 leaves the module out."""
     if not c.init_from:
         return c
+    config_from_hf(c.init_from)                                              # that it is one comes before all the rest
     fields = list(configs.FIELDS)
     first = fields.index("data")                                                   # the model's fields stand before it
     given = [arg[2:].partition("=")[0] for arg in argv[1:]]
@@ -325,13 +326,12 @@ def main(argv, mesh=None):
     if c.precision == "fp8" and backend.fp8_kernels(device)[0] == "torch":
         raise UserError(f"--precision=fp8: {backend.fp8_kernels(device)[1]}; --precision=fp8_reference computes the "
                         f"same on plain torch, slowly")
-    if c.eval_only and mesh.world > 1:
-        raise UserError("--eval_only: one process does it; leave out torchrun")
-    if c.eval_only:
-        return eval_only(c)
-    ranks.check(c, mesh)
+    if not c.eval_only:
+        ranks.check(c, mesh)
     mesh.connect(device)
     mesh.same("config", dataclasses.asdict(c))
+    if c.eval_only:
+        return eval_only(c, mesh)
     if c.profile and c.max_steps < 6:
         raise UserError(f"--profile traces steps 4 to 6 of a run, and max_steps = {c.max_steps}; give --max_steps=6")
     have = parallel.checkpoints(c.out_dir)
@@ -347,7 +347,8 @@ def main(argv, mesh=None):
     newest = newest_whole(c, have, mesh) if c.resume else None
     try:
         again = shlex.join(a for a in argv if a.partition("=")[0] not in ("--resume", "--out_dir"))
-        return run(c, device, mesh, newest, again)
+        with parallel.claimed(c.out_dir, mesh):
+            return run(c, device, mesh, newest, again)
     except (MemoryError, RuntimeError) as e:
         if backend.out_of_memory(e):
             raise UserError(f"out of memory: lower --micro_batch_size (now {c.micro_batch_size}; the result stays the "
@@ -384,14 +385,15 @@ def check_resume(c, state):
                             f"another with --out_dir")
 
 
-def eval_only(c):
+def eval_only(c, mesh):
+    """On many ranks each holds the whole model, and takes its part of the text."""
     import sample
     v3, _, what = sample.load(c.eval_only, c.device)
     folder = Path(c.eval_only) if (Path(c.eval_only) / "tokenizer.json").is_file() else parallel.latest(c.eval_only)
     T = min(c.seq_len, v3.config.context)
     v3.config = v3.config.replace(seq_len=T, eval_stride=min(c.eval_stride, T), data=c.data,
                                   tokenizer=str(folder / "tokenizer.json"), fim_rate=c.fim_rate)
-    loss, bpb = evaluate(v3, Data(v3.config), parallel.Mesh())
+    loss, bpb = evaluate(v3, mesh.one_first(lambda: Data(v3.config)), mesh)
     print(f"{what}: val loss {loss:.4f} nats per token, {bpb:.4f} bits per byte")
     return 0
 
@@ -448,7 +450,7 @@ def run(c, device, mesh, newest, command):
 
     skipped, saved = 0, start
     busy, seen, shown = 0.0, 0, start                                                     # since the last progress line
-    with parallel.claimed(c.out_dir, mesh), parallel.Saver(c.out_dir, mesh) as saver, Interrupt() as interrupt:
+    with parallel.Saver(c.out_dir, mesh) as saver, Interrupt() as interrupt:
         log = Log(c, start, mesh.rank)
         for step in range(start, c.max_steps):
             began, size = time.time(), batch_size_at(c, step)

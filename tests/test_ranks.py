@@ -407,6 +407,22 @@ def test_a_second_run_in_the_same_folder_is_refused_and_harms_nothing(short, tmp
     same_bits(run, short)
 
 
+def test_a_second_run_is_refused_before_its_text_is_read_and_a_folder_of_nothing_is_not_left(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "Data", None)
+    with parallel.claimed(tmp_path / "run", parallel.Mesh()):
+        with pytest.raises(UserError, match="another run is at work there"):
+            train.main(["small.py", f"--out_dir={tmp_path / 'run'}"])
+        assert (tmp_path / "run" / "lock").exists()
+    assert not (tmp_path / "run").exists()
+
+
+def test_evaluation_on_many_ranks_is_that_of_one(short, tmp_path):
+    told = [re.search(r"step_00000008.*: val loss .*", go(ranks, tmp_path / f"{ranks}", eval_only=short)).group()
+            for ranks in (1, 2)]
+    assert told[0] == told[1] and re.search(r"val loss [0-9.]+ nats per token, [0-9.]+ bits per byte", told[0])
+    assert not (tmp_path / "2").exists()
+
+
 # --- started by torchrun ----------------------------------------------------------------------------------------------
 
 def torchrun(*argv):

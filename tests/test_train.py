@@ -219,7 +219,7 @@ def test_weight_decay_falls_on_matrices_only_embedding_and_head_included():
 
 
 def test_any_cut_into_micro_batches_trains_the_same_model(tmp_path, monkeypatch):
-    monkeypatch.setattr(ranks, "V3", lambda *args: V3(*args).double())                          # no rounding to hide behind
+    monkeypatch.setattr(ranks, "V3", lambda *args: V3(*args).double())                  # no rounding to hide behind
     for size in (2, 3, 8):
         go(tmp_path / str(size), micro_batch_size=size, max_steps=4, save_interval=0)
     whole = tensors(tmp_path / "8")
@@ -676,6 +676,7 @@ MISTAKES = {
     "no such tokenizer": (dict(tokenizer="byte"), "did you mean 'bytes'?"),
     "vocabulary too small": (dict(vocab_size=100), "vocab_size"),
     "no such model": (dict(init_from="nowhere"), "nowhere: no config.json there"),
+    "no such model, and a tokenizer": (dict(init_from="nowhere", tokenizer="bytes"), "nowhere: no config.json there"),
     "nothing to resume": (dict(resume=True), "no checkpoint"),
     "nothing to evaluate": (dict(eval_only="nowhere"), "no checkpoint"),
     "not a file": (dict(data=os.devnull), "neither a file nor a folder"),

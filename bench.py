@@ -334,17 +334,11 @@ def loads(options):
 
 SECTIONS = {"tiny": tiny, "char": char, "ablations": ablations, "speculation": speculation, "loads": loads,
             "attention": attention, "decode": decode, "moe": moe_on_a_gpu, "step": step, "fp8_error": fp8_error,
-<<<<<<< HEAD
             "fp8_tiny": fp8_tiny, "moments": moments, "fp8_loss": fp8_loss, "fp8": fp8_on_a_gpu, "layer": layer,
             "fp8_quality": fp8_quality, "pipeline": pipeline, "overlap": overlap, "cluster": cluster_of_gpus,
-            "readme": readme}
+            "memory": memory, "scaling": scaling, "readme": readme}
 OPTIONS = {"data": "FILE", "nanogpt": "DIR", "out_dir": "RUN", "seeds": "N", "repeats": "N", "parts": "A,B",
            "shapes": "A,B", "device": "cpu"}
-=======
-            "fp8_tiny": fp8_tiny, "fp8_loss": fp8_loss, "fp8": fp8_on_a_gpu, "layer": layer,
-            "fp8_quality": fp8_quality, "pipeline": pipeline, "overlap": overlap, "memory": memory,
-            "scaling": scaling, "readme": readme}
->>>>>>> plan
 
 
 def main(argv):

@@ -359,7 +359,7 @@ def act8_grad_triton(da, h8, weights, plan):
     a_turned = empty(F, R, device=da.device), scales(R // BLOCK, F, da)
     part = scales(tiles, R, da)
     act8_grad_kernel[R // BLOCK, tiles](da, *h8, plan.pair, plan.expert, weights, *dh, *dh_turned, *a_turned, part, R,
-                                        F, 64 // da.element_size(), num_warps=16)
+                                        F, 32 // da.element_size(), num_warps=8)
     return dh, dh_turned, a_turned, weights_grad(part, plan)
 
 

@@ -197,11 +197,11 @@ def test_the_product_goes_to_whoever_is_faster(monkeypatch):
     monkeypatch.setattr(backend, "fp8_kernels", lambda device: ("Triton", "a test"))
     monkeypatch.setattr(backend, "hopper", lambda device: True)
     for M, blocks, add in ((256, True, False), (16, True, False), (256, False, False), (256, False, True),
-                           (254, False, True), (16, False, True)):
+                           (254, False, True), (16, False, True), (1536, True, False)):
         a, b = operands(M, 256, 256, blocks)
         y = torch.empty(M, 256, device=DEVICE, dtype=torch.bfloat16 if blocks else torch.float32)
         fp8_gemm.gemm(a, b, y, add=add)
-    assert taken == ["gemm_cublas", "gemm_few", "gemm_cublas", "gemm_wide", "gemm_plain", "gemm_wide"]
+    assert taken == ["gemm_cublas", "gemm_few", "gemm_cublas", "gemm_wide", "gemm_plain", "gemm_wide", "gemm_wide"]
 
 
 @pytest.mark.gpu

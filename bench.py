@@ -23,6 +23,9 @@
                 --parts=products,few,linears,square,adamw,quantization runs some of it, and leaves the others' results
     layer       one MoE layer of V3 as one GPU of 64 has it: FP8 against BF16 (a Hopper GPU)
     fp8_quality 1000 steps of configs/gpu.py in BF16, BF16 with another seed, and FP8 (a Hopper GPU)
+    memory      what each rank of a run holds, against the plan, by category: of small models on gloo; on a GPU of
+                configs/bench_1b.py, with the allocator's peak
+    scaling     a step of the default job: a plain loop, train.py on one process and on two, with as much work for each
     readme      put the results into the README's marked places, and draw its figures (needs matplotlib)
 
 The sections of kernels, pipelines and tables are bench_*.py's; measure.py has what all of them measure with.
@@ -54,6 +57,7 @@ from bench_fp8 import fp8_error, fp8_loss, fp8_on_a_gpu, fp8_quality, fp8_tiny, 
 from bench_mla import attention, decode
 from bench_moe import layer, moe_on_a_gpu, step
 from bench_pipeline import overlap, pipeline
+from bench_ranks import memory, scaling
 from bench_readme import readme
 from configs import UserError
 from data import documents, split
@@ -332,7 +336,7 @@ SECTIONS = {"tiny": tiny, "char": char, "ablations": ablations, "speculation": s
             "attention": attention, "decode": decode, "moe": moe_on_a_gpu, "step": step, "fp8_error": fp8_error,
             "fp8_tiny": fp8_tiny, "moments": moments, "fp8_loss": fp8_loss, "fp8": fp8_on_a_gpu, "layer": layer,
             "fp8_quality": fp8_quality, "pipeline": pipeline, "overlap": overlap, "cluster": cluster_of_gpus,
-            "readme": readme}
+            "memory": memory, "scaling": scaling, "readme": readme}
 OPTIONS = {"data": "FILE", "nanogpt": "DIR", "out_dir": "RUN", "seeds": "N", "repeats": "N", "parts": "A,B",
            "shapes": "A,B", "device": "cpu"}
 

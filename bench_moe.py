@@ -147,8 +147,8 @@ def our_step(c, form):
     def end():
         for gate in v3.gates():
             gate.update_bias(c.bias_update_speed)
-    return (lambda tokens: micro_batch(tokens, ([tokens[:, 1:].numel()], len(tokens)), c.mtp_weight),
-            make_optimizer(c, v3.parameters()), end)
+    totals = [c.micro_batch_size * c.seq_len] * (c.n_mtp + 1), c.micro_batch_size
+    return lambda tokens: micro_batch(tokens, totals, c.mtp_weight), make_optimizer(c, v3.parameters()), end
 
 
 def their_step(c, form):
@@ -177,7 +177,7 @@ def training_step(name, c, steps=8):
     make, form, changes = STEPS[name]
     micro_batch, optimizer, end = make(c.replace(**changes), form)
     weights, times = [p for group in optimizer.param_groups for p in group["params"]], []
-    tokens = torch.randint(c.vocab_size, (c.micro_batch_size, c.seq_len + 1), device="cuda")
+    tokens = torch.randint(c.vocab_size, (c.micro_batch_size, c.seq_len + 1 + c.n_mtp), device="cuda")
     torch.cuda.reset_peak_memory_stats()
     for _ in range(steps):
         began = time.perf_counter()
@@ -198,18 +198,23 @@ def training_step(name, c, steps=8):
 
 
 def step(options):
-    names, runs = chosen(options, "parts", STEPS), []
+    names = chosen(options, "parts", ["small", *STEPS])
     if not torch.cuda.is_available():
         raise UserError("bench.py step: a GPU is needed")
     if importlib.util.find_spec("transformers") is None:
         print("transformers is not here to be compared with: pip install -r requirements-extra.txt", flush=True)
         names = [name for name in names if "transformers" not in name]
-    c = configs.load(["configs/bench_1b.py", "--bf16_head=True"])
-    for name in names:
-        gc.collect()                                                                       # the model before
-        torch.cuda.empty_cache()
-        runs.append(training_step(name, c))
-        record("step", "python bench.py step", runs=runs)
+    large, small = (configs.load([f"configs/{name}.py", "--bf16_head=True"]) for name in ("bench_1b", "gpu"))
+    jobs = [("small", name, small) for name in ("launched", "graph", "graph, FP8")]
+    jobs += [("runs", name, large) for name in STEPS]
+    done = kept("step", "small", "runs")
+    for where, name, c in jobs:
+        if (name if where == "runs" else where) in names:
+            gc.collect()                                                                   # the model before
+            torch.cuda.empty_cache()
+            others = [r for r in done.get(where, ()) if r["name"] != name]
+            done[where] = [*others, training_step(name, c)]
+            record("step", "python bench.py step", **done)
 
 
 # --- one layer of V3 as one GPU of 64 has it --------------------------------------------------------------------------

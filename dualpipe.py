@@ -382,6 +382,11 @@ def trained(modules):
     return [p for p in nn.ModuleList(modules).parameters() if p.requires_grad]
 
 
+def copied(kind, ranks, modules, shared=()):
+    """The parameters of a rank's stages that another rank of the pipeline holds too."""
+    return {"dualpipe": trained(modules), "dualpipev": []}.get(kind, list(shared) if ranks > 1 else [])
+
+
 class DualPipe:
     """Runs a rank's part of any of the four schedules on torch.distributed (gloo, NCCL).
 
@@ -414,7 +419,7 @@ class DualPipe:
         # The lower stage first, so that the two ranks that hold the same stages list what they have in one order.
         self.in_order = [module for _, module in sorted(zip(here, self.stages), key=lambda at: at[0])]
         self.parameters = trained(self.in_order)
-        self.copies = {"dualpipe": self.parameters, "dualpipev": []}.get(kind, list(shared) if self.ranks > 1 else [])
+        self.copies = copied(kind, self.ranks, self.in_order, shared)
         elsewhere = {id(p) for p in shared} if self.rank else ()
         self.owned = [p for p in trained(self.stages if kind == "dualpipev" else self.stages[:1])
                       if id(p) not in elsewhere]

@@ -53,7 +53,6 @@ from fp8_tiles import (
     E5M6,
     Format,
     Quantized,
-    e5m6,
     quantize,
     quantize_blocks,
     quantize_both,
@@ -160,7 +159,7 @@ class Products(torch.autograd.Function):
     def backward(ctx, dy):
         values, scale, gate = ctx.saved_tensors
         weight, ends, recipe, swiglu, dgate = ctx.weight, ctx.ends, ctx.recipe, ctx.swiglu, None
-        x = e5m6(values, recipe.reference) if scale is None else Quantized(values, scale)
+        x = values if scale is None else Quantized(values, scale)
         lead, dy, dy_columns = dy.shape[:-1], dy.flatten(0, -2), {}
         dx = dy.new_empty(len(dy), weight.shape[-1])
         w = transpose(ctx.w, recipe.reference)
@@ -175,8 +174,9 @@ class Products(torch.autograd.Function):
 
 
 def wgrad(weight, dy_columns, x, ends, recipe, swiglu=False, gate=None, grad=None):
-    """Wgrad, dW_e = dy_e^T a_e: dy_columns {busy expert: Quantized [out, its rows]}, x Quantized, in 1x128 tiles, is a,
-    or what its SwiGLU is made of -> float32, of the weight's shape, added to `grad` if that is given."""
+    """Wgrad, dW_e = dy_e^T a_e: dy_columns {busy expert: Quantized [out, its rows]}; x, as it was kept, Quantized in
+    1x128 tiles or (E5M6) plain, is a, or what its SwiGLU is made of -> float32, of the weight's shape, added to `grad`
+    if that is given."""
     add = grad is not None
     if not add:                                                     # zero for an idle expert, written for the others
         grad = (torch.empty_like if len(dy_columns) == len(ends) else torch.zeros_like)(weight)
@@ -184,7 +184,7 @@ def wgrad(weight, dy_columns, x, ends, recipe, swiglu=False, gate=None, grad=Non
     for e, rows in busy(ends):
         own = None if gate is None else gate[rows]
         columns = quantize_swiglu_columns(x[rows], own, recipe.pow2, recipe.reference) \
-            if swiglu else quantize_columns(x[rows], recipe.pow2, recipe.reference)           # [in, its rows]
+            if swiglu else quantize_columns(x[rows], recipe.kept, recipe.reference)           # [in, its rows]
         gemm(dy_columns[e], columns, stack[e], recipe.reference, add)
     return grad
 
@@ -212,23 +212,23 @@ def mm(a, b, dtype):
 
 
 class Product(torch.autograd.Function):
-    """linear_torch, with a Wgrad that can be put off. x is kept in its own dtype, whichever that of the product is.
+    """linear_torch, with a Wgrad that can be put off. Kept are x and the weight themselves, whichever dtype the product
+    has: a copy would wait with every micro-batch that a pipeline has under way.
 
     A product in float32 of BF16 x, the gate's, would keep the tensor cores idle: they multiply BF16. In `parts` a
-    float32 factor is three BF16 ones, and three products of them are as exact. Only dx, which is rounded to BF16
-    afterwards, makes do with 16 bits of its factors.
+    float32 factor is three BF16 ones, and of three products of them only the tensor cores' sums are less exact than
+    float32. dx, which is rounded to BF16 afterwards, makes do with 16 bits of its factors.
     """
 
     @staticmethod
     def forward(ctx, x, weight, dtype=None):
         ctx.split = backend.multiply_in_parts(x, dtype)
-        w = weight if ctx.split else weight.to(dtype or x.dtype)
-        ctx.save_for_backward(x, w)
+        ctx.save_for_backward(x, weight)
         ctx.weight = weight                                              # the parameter itself: the queue hangs on it
         if ctx.split:
-            y = mm(x.flatten(0, -2), torch.cat(parts(w)).t(), torch.float32)
-            return y.view(*x.shape[:-1], 3, len(w)).sum(-2)
-        return F.linear(x.to(w.dtype), w)
+            y = mm(x.flatten(0, -2), torch.cat(parts(weight)).t(), torch.float32)
+            return y.view(*x.shape[:-1], 3, len(weight)).sum(-2)
+        return linear_torch(x, weight, dtype)
 
     @staticmethod
     def backward(ctx, dy):
@@ -242,7 +242,7 @@ class Product(torch.autograd.Function):
             wgrad = lambda: mm(torch.cat(three, 1).t(), rows[1], torch.float32).view(3, *w.shape).sum(0)
         else:
             if ctx.needs_input_grad[0]:
-                dx = (dy @ w).to(x.dtype)
+                dx = (dy @ w.to(dy.dtype)).to(x.dtype)
             wgrad = lambda: (rows[0].t() @ rows[1].to(dy.dtype)).to(weight.dtype)
         return dx, weight_gradient(weight, wgrad) if ctx.needs_input_grad[1] else None, None
 

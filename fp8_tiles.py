@@ -157,11 +157,12 @@ if backend.has_triton():
     # where the first is not, the scale is LEAST.)
 
     @triton.jit
-    def over_448(x):
+    def over(x, LARGEST: tl.constexpr):
+        """x / LARGEST, 448 or 65024."""
         if INTERPRETED:
-            return tl.div_rn(x, 448.0)
-        quotient = x * 0.002232142857142857
-        return tl.fma(tl.fma(-quotient, 448.0, x), 0.002232142857142857, quotient)
+            return tl.div_rn(x, LARGEST)
+        quotient = x * (1 / LARGEST)
+        return tl.fma(tl.fma(-quotient, LARGEST, x), 1 / LARGEST, quotient)
 
     @triton.jit
     def one_over(x):
@@ -175,9 +176,9 @@ if backend.has_triton():
         return libdevice.fast_dividef(1.0, 1.0 + tl.exp2(-1.4426950408889634 * x))
 
     @triton.jit
-    def scale_of(amax, POW2: tl.constexpr):
+    def scale_of(amax, POW2: tl.constexpr, LARGEST: tl.constexpr = 448.0):
         """The scale of a tile with the largest number amax, NaN if one of them is."""
-        scale = tl.maximum(over_448(amax), 1.1754943508222875e-38)
+        scale = tl.maximum(over(amax, LARGEST), 1.1754943508222875e-38)
         if POW2:
             scale = (((scale.to(tl.int32, bitcast=True) + 0x7FFFFF) >> 23) << 23).to(tl.float32, bitcast=True)
         return tl.where(amax < float("inf"), scale, float("nan"))
@@ -194,6 +195,16 @@ if backend.has_triton():
             sign = x.to(tl.int32, bitcast=True) & -0x80000000
             x = (size((clamped + large) - large) | sign).to(tl.float32, bitcast=True)
         return x.to(tl.float8e4nv)
+
+    @triton.jit
+    def through_e5m6(tile):
+        """What is left of a tile [rows, 128] rounded to E5M6, NaN in a row that has one."""
+        scale = scale_of(largest(tile, 1), True, 65024.0)[:, None]
+        scaled = tile * one_over(scale)
+        exponent = tl.maximum((size(scaled) >> 23) - 127, -14)
+        large = ((exponent - 6 + 127) << 23).to(tl.float32, bitcast=True) * 12582912.0
+        rounded = size((scaled + large) - large) | (tile.to(tl.int32, bitcast=True) & -0x80000000)
+        return rounded.to(tl.float32, bitcast=True) * scale
 
     # A tile that is read row by row and written column by column: a thread holds some columns of rows that come in
     # steps of APART, as many as all threads load at once. If these are neighbours in x, it holds what lies together in
@@ -260,6 +271,8 @@ if backend.has_triton():
             tile = tile * sigmoid(tile) * up
             if weight is not None:
                 tile *= tl.load(weight + m, mask=m < M, other=0.0).to(tl.float32)[:, None]
+        if BEFORE == "E5M6":
+            tile = through_e5m6(tile)
         if ROWS:
             scale = scale_of(largest(tile, 1), POW2)
             tl.store(row_scale + j * M + m, scale, mask=m < M)
@@ -303,7 +316,8 @@ def launch(x, M, K, pow2, rows, columns, before=None, weight=None, r=None):
     q = x if isinstance(x, Quantized) else None
     x = q.values if q else x if x.stride(1) == 1 else x.contiguous()
     m, k = triton.cdiv(M, BLOCK), triton.cdiv(K, BLOCK)
-    BLOCK_M, BLOCK_K = BLOCK if columns else 32, BLOCK if rows else 64      # smaller: more programs on a multiprocessor
+    # Smaller tiles, where no scale wants whole ones: more programs on a multiprocessor.
+    BLOCK_M, BLOCK_K = BLOCK if columns else 32, BLOCK if rows or before == "E5M6" else 64
     row = Quantized(empty(M, K, device=x.device), tile_scales(M, k, x.device)) if rows else None
     column = Quantized(empty(K, M, device=x.device), tile_scales(K, m, x.device)) if columns else None
     a, b, s = row or column, column or row, q.scale if q else x            # what is not asked for is not written
@@ -373,12 +387,15 @@ def quantize(x, pow2=False, reference=False):
     return quantize_triton(x, pow2)[0] if fast(x, reference) else quantize_torch(x, pow2=pow2)
 
 
-def quantize_columns(x, pow2=False, reference=False):
-    """x [M, K], plain or Quantized in 1x128 tiles -> its 128x1 tiles, as the transpose: Quantized [K, M] in 1x128."""
-    q = isinstance(x, Quantized)
-    if fast(x.values if q else x, reference):
-        return quantize_triton(x, pow2, rows=False, columns=True)[1]
-    return quantize_torch((x.dequantize() if q else x).mT, pow2=pow2)
+def quantize_columns(x, kept=E4M3, reference=False):
+    """x [M, K] as it was kept, Quantized in 1x128 tiles, or plain and now rounded to E5M6 in such tiles -> its 128x1
+    tiles, as the transpose: Quantized [K, M] in 1x128."""
+    if fast(x.values if kept is E4M3 else x, reference):
+        before, pow2 = (None, False) if kept is E4M3 else ("E5M6", True)
+        shape = (x.values if kept is E4M3 else x).shape
+        return launch(x, *shape, pow2, rows=False, columns=True, before=before)[1]
+    x = x if kept is E4M3 else quantize_torch(x, fmt=E5M6, pow2=True)
+    return quantize_torch(x.dequantize().mT, pow2=kept is E5M6)
 
 
 def quantize_swiglu(h, gate=None, pow2=False, reference=False):
@@ -462,37 +479,3 @@ def swiglu_backward_triton(h, dy, gate=None):
 
 def swiglu_backward(h, dy, gate=None, reference=False):
     return (swiglu_backward_triton if fast(dy, reference) else swiglu_backward_torch)(h, dy, gate)
-
-
-# --- what attention's Linear keeps ------------------------------------------------------------------------------------
-
-if backend.has_triton():
-    @triton.jit
-    def e5m6_kernel(x, q, q_scale, M, K, x_stride, BLOCK_M: tl.constexpr):
-        m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-        k = tl.program_id(1) * 128 + tl.arange(0, 128)
-        inside = (m < M)[:, None] & (k < K)[None, :]
-        tile = tl.load(x + m[:, None] * x_stride + k[None, :], mask=inside, other=0.0).to(tl.float32)
-        amax = largest(tile, 1)
-        scale = tl.maximum(tl.div_rn(amax, 65024.0), 1.1754943508222875e-38)
-        scale = (((scale.to(tl.int32, bitcast=True) + 0x7FFFFF) >> 23) << 23).to(tl.float32, bitcast=True)
-        good = amax < float("inf")
-        tile = tl.where(good[:, None], tile * tl.div_rn(1.0, scale)[:, None], 0.0)
-        exponent = tl.maximum((size(tile) >> 23) - 127, -14)
-        large = ((exponent - 6 + 127) << 23).to(tl.float32, bitcast=True) * 12582912.0
-        tile = size((tile + large) - large) | (tile.to(tl.int32, bitcast=True) & -0x80000000)
-        tl.store(q + m[:, None] * K + k[None, :], tile.to(tl.float32, bitcast=True).to(tl.float16), mask=inside)
-        tl.store(q_scale + tl.program_id(1) * M + m, tl.where(good, scale, float("nan")), mask=m < M)
-
-
-def e5m6_triton(x):
-    """quantize_torch(x, fmt=E5M6, pow2=True) of x [M, K] in one pass, bit for bit."""
-    x = x if x.stride(1) == 1 else x.contiguous()
-    (M, K), k = x.shape, triton.cdiv(x.shape[1], BLOCK)
-    q = Quantized(torch.empty(M, K, dtype=torch.float16, device=x.device), torch.empty(k, M, device=x.device).t())
-    e5m6_kernel[triton.cdiv(M, 32), k](x, q.values, q.scale, M, K, x.stride(0), 32)
-    return q
-
-
-def e5m6(x, reference=False):
-    return e5m6_triton(x) if fast(x, reference) else quantize_torch(x, fmt=E5M6, pow2=True)

@@ -1,5 +1,6 @@
 """What every section of bench.py measures with: commands run, kernels timed, results recorded."""
 import datetime
+import gc
 import json
 import multiprocessing
 import os
@@ -11,6 +12,9 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
 
 import backend
 from configs import UserError
@@ -168,3 +172,26 @@ def load(section):
 def error(y, exact):
     """Relative Frobenius error."""
     return ((y.double() - exact).norm() / exact.norm()).item()
+
+
+# --- bytes ------------------------------------------------------------------------------------------------------------
+
+class Allocated(TorchDispatchMode):
+    """`with Allocated() as memory: ...`: memory.alive() is the bytes that torch has allocated since, and that somebody
+    still holds. On a CPU, whose allocator doesn't tell; parameters made before don't count, nor do views of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.made = {}                                         # where its storage object is: (weak reference, bytes)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        given = {t.untyped_storage()._cdata for t in tree_iter((args, kwargs)) if isinstance(t, torch.Tensor)}
+        for t in tree_iter(out):
+            if isinstance(t, torch.Tensor) and not t.is_meta and (at := t.untyped_storage())._cdata not in given:
+                self.made[at._cdata] = StorageWeakRef(at), at.nbytes()
+        return out
+
+    def alive(self):
+        gc.collect()
+        return sum(n for reference, n in self.made.values() if not reference.expired())

@@ -395,13 +395,14 @@ class Stage(V3):
         return main + self.mtp_weight * mtp + balance
 
 
-def stages(config, count, mine, initialize=True):
-    """[Stage]: those with the numbers `mine` of a V3 cut into `count` stages (dualpipe.layout gives both numbers).
+def stages(config, count, mine, initialize=True, a=None):
+    """[Stage]: those with the numbers `mine` of a V3 cut into `count` stages (dualpipe.layout gives both numbers). a:
+    arithmetic(config), where it is known.
 
     Where the first and the last are both here, as in DualPipe, they share the embedding, which MTP reads; elsewhere
     (1F1B) both ends hold one, and the pipeline adds their gradients (`shared`). UserError if the layers are too few.
     """
-    cuts = balanced(config, count)
+    cuts = balanced(config, count, a)
     out = {i: Stage(config, range(*cuts[i:i + 2]), i == 0, i == count - 1, initialize) for i in mine}
     if config.n_mtp and count - 1 in out and 0 in out:
         out[count - 1].embed = out[0].embed

@@ -37,8 +37,9 @@ Tensors go by the name that the released checkpoint gives them, expert by expert
 was laid out over ranks: whoever reads it takes the names it needs. (torch.distributed.checkpoint pickles its metadata.)
 
 The order of writing is what makes a crash harmless: everything goes to a temporary folder, is synced to the disk, the
-folder is renamed, and only then does `latest` change, by a rename too. The last two are kept. The room knows nothing of
-the model.
+folder is renamed, and only then does `latest` change, by a rename too: who reads a run while it writes goes by it. (To
+resume, all whole checkpoints are looked at: after a crash between the two renames there is a newer one.) The last two
+are kept. The room knows nothing of the model.
 """
 import contextlib
 import datetime
@@ -318,10 +319,12 @@ def failure(mesh, e):
 @contextlib.contextmanager
 def claimed(out_dir, mesh):
     """Make the folder and keep other runs out of it until the end of the block, or of the process, whatever ends it.
-    UserError if it can't be made or is taken. (Windows has no such locks: there nothing is kept out.)"""
+    UserError if it can't be made or is taken. (Windows has no such locks: there nothing is kept out.) A folder in which
+    nothing was put is not left behind."""
     path, lock = Path(out_dir), None
     if mesh.rank == 0:
         try:
+            made = not path.exists()
             path.mkdir(parents=True, exist_ok=True)
             lock = open(path / "lock", "a")
             if fcntl:
@@ -339,6 +342,8 @@ def claimed(out_dir, mesh):
         yield
     finally:
         if lock:
+            if made and os.listdir(path) == ["lock"]:
+                shutil.rmtree(path, ignore_errors=True)
             lock.close()
 
 
@@ -642,14 +647,19 @@ def checkpoints(out_dir):
 
 
 def latest(out_dir):
-    """The newest checkpoint of a run, or `out_dir` itself if it is one. UserError if there is none."""
+    """The checkpoint that a run's `latest` names (the newest, if it names none), or `out_dir` itself if it is one.
+    UserError if there is none."""
     out_dir = Path(out_dir)
     if (out_dir / "state.json").is_file():
         return out_dir
     have = checkpoints(out_dir)
     if not have:
         raise UserError(f"{out_dir}: no checkpoint there; train one first (python train.py config/tiny.py)")
-    return have[-1]                            # `latest` may name the one before it: a crash between the two renames
+    try:
+        named = out_dir / (out_dir / "latest").read_text(encoding="utf-8").strip()
+    except (OSError, ValueError):
+        named = None
+    return named if named in have else have[-1]
 
 
 def read_state(path):

@@ -44,46 +44,58 @@ def check(c, mesh):
 def build(c, device, mesh, from_folder):
     """([the modules that this rank runs], the pipeline or None): V3 whole, or one or two stages of it. from_folder:
     with the weights of --init_from."""
-    if mesh.pp == 1:
-        if from_folder:
-            v3 = from_hf(c.init_from, device, **{f: getattr(c, f) for f in configs.FIELDS if f != "device"})
-        else:
-            with torch.device(device):
-                v3 = V3(c)
-        spread_experts(c, [v3], mesh)
-        return [v3], None
-    count, mine = dualpipe.layout(c.pipeline, mesh.pp, mesh.pp_rank)
+    if mesh.pp == 1 and from_folder:
+        v3 = from_hf(c.init_from, device, **{f: getattr(c, f) for f in configs.FIELDS if f != "device"})
+        return spread_experts(c, [v3], mesh), None
     with torch.device(device):
-        parts = stages(c, count, mine, initialize=not from_folder)
-    spread_experts(c, parts, mesh)
-    criterion = next((stage.criterion for stage in parts if stage.last), None)
-    pipe = DualPipe(c.pipeline, parts, criterion, parts[0].like(c.micro_batch_size), mesh.pp_group, shared(parts))
+        modules = parts(c, mesh, initialize=not from_folder)
+    if mesh.pp == 1:
+        return modules, None
+    criterion = next((stage.criterion for stage in modules if stage.last), None)
+    like = modules[0].like(c.micro_batch_size)
+    pipe = DualPipe(c.pipeline, modules, criterion, like, mesh.pp_group, shared(modules))
     if from_folder:
         whole = official_tensors(from_hf(c.init_from, n_mtp=c.n_mtp))
-        for stage in parts:
+        for stage in modules:
             for name, tensor in official_tensors(stage).items():
                 tensor.detach().copy_(whole[name])
     return pipe.in_order, pipe
 
 
+def parts(c, mesh, initialize=True, a=None):
+    """[V3], or the stages of this rank, one for each direction of the pipeline; with its share of every layer's
+    experts. a: model.arithmetic(c), where it is known."""
+    if mesh.pp == 1:
+        return spread_experts(c, [V3(c, initialize)], mesh)
+    count, mine = dualpipe.layout(c.pipeline, mesh.pp, mesh.pp_rank)
+    return spread_experts(c, stages(c, count, mine, initialize, a), mesh)
+
+
 def spread_experts(c, modules, mesh):
-    """Leave to this rank its share of every layer's experts."""
+    """Leave to this rank its share of every layer's experts; returns the modules."""
     if mesh.ep > 1:
         ranks = ExpertRanks(mesh.ep_nodes, mesh.ep // mesh.ep_nodes, mesh.ep_rank, mesh.between, mesh.inside,
                             c.precision.startswith("fp8"), next(modules[0].parameters()).device)
         for module in modules:
             spread(module, ranks)
+    return modules
+
+
+def held(c, mesh, modules):
+    """{name: (parameter, (is it experts?, does another rank of the pipeline hold it too?))} of the modules."""
+    copied = dualpipe.copied(c.pipeline, mesh.pp, modules, shared(modules)) if mesh.pp > 1 else ()
+    copied = {id(p) for p in copied}
+    return {name: (p, (p.ndim == 3, id(p) in copied))                                 # of three dims: stacked experts
+            for module in modules for name, p in module.named_parameters()}
 
 
 def replicas(c, mesh, modules, pipe):
     """(parallel.Shares of the modules' parameters, the group whose counts of a gate's load belong together)."""
-    copied = {id(p) for p in pipe.copies} if pipe else set()
-    held = {name: (p, mesh.replicas.get((p.ndim == 3, id(p) in copied)))              # of three dims: stacked experts
-            for module in modules for name, p in module.named_parameters()}
+    groups = {name: (p, mesh.replicas.get(kind)) for name, (p, kind) in held(c, mesh, modules).items()}
     if pipe:
         pipe.copies = []                                     # their gradients are summed with those of other replicas
     counters = mesh.replicas.get((False, bool(pipe) and c.pipeline == "dualpipe"))
-    return parallel.Shares(held, c.zero1, torch.bfloat16 if c.grad_sum == "bf16" else None), counters
+    return parallel.Shares(groups, c.zero1, torch.bfloat16 if c.grad_sum == "bf16" else None), counters
 
 
 def pipelined(c, pipe, batch, totals, weight):

@@ -75,38 +75,28 @@ def human(n, unit=""):
     return f"{n:.0f} {unit}".strip()
 
 
-def plan(c, device, data=None, world=1):
-    """Print what the run will cost and which path each mechanism takes. Returns arithmetic(c)."""
+def plan(c, device, mesh, data=None):
+    """Print what the run will cost and which path each mechanism takes. Returns arithmetic(c), with the run's "tokens"
+    and the "memory" of a rank where `mesh` says."""
     a = arithmetic(c)
     everything = a["total"] + a["mtp"]
-    half = 4 if c.precision == "fp32" else 2
-    tokens = c.micro_batch_size * c.seq_len
-    # What backward needs of each token, in elements: the inputs of norms and products, and the hidden activations.
-    attention = 4 * c.dim + c.n_heads * (3 * c.qk_head_dim + 3 * c.v_head_dim) + 3 * c.kv_lora_rank + 2 * c.q_lora_rank
-    attention = 4 * c.dim + c.n_heads * c.v_head_dim if c.recompute_mla else attention
-    dense = 4 * c.dim + 3 * c.inter_dim
-    sparse = (4 + c.n_activated_experts) * c.dim \
-        + 4 * (c.n_activated_experts + c.n_shared_experts) * c.moe_inter_dim + 4 * c.n_routed_experts
-    blocks = c.n_dense_layers * (attention + dense) + (c.n_layers - c.n_dense_layers + c.n_mtp) * (attention + sparse)
-    kept = (c.n_layers + c.n_mtp) * c.dim + attention + max(dense, sparse) if c.recompute else blocks
-    activations = tokens * kept * half + CrossEntropy.ROWS * c.vocab_size * 8
+    dims = c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim
+    kernels = c.precision != "fp32" and backend.attention(device, torch.bfloat16, dims)[0] == "Triton"
+    a["memory"] = m = cluster.memory(c, mesh, kernels, a)
+    states = m["weights"] + m["copies"] + m["gradients"] + m["moments"]
     ramp = min(c.batch_ramp, c.max_steps)
     train_tokens = (sum(batch_size_at(c, s) for s in range(ramp)) + c.batch_size * (c.max_steps - ramp)) * c.seq_len
     a["tokens"] = train_tokens
-    # Per parameter: weight, gradient and two moments; one byte more of a converted one, its copy in FP8, or two of an
-    # expert's, where the kernels keep it in BF16 (experts.py).
-    a["bytes"] = (8 + 2 * (4 if c.moments == "fp32" else 2)) * everything + a["fp8"]
-    if c.precision == "bf16" and backend.experts(device, torch.bfloat16, (c.dim, c.moe_inter_dim))[0] == "Triton":
-        a["bytes"] += 2 * sum(n for name, n in a["sizes"].items() if ".mlp.experts." in name)
     rows = [
         ("parameters", f"{human(a['total'])} total, {human(a['active'])} active per token, MTP {human(a['mtp'])} more"),
         ("work", f"{a['flops'] / 1e9:.3g} GFLOPs per training token; {c.max_steps} steps, "
                  f"{human(train_tokens)} tokens"),
-        ("memory", f"about {human(a['bytes'], 'B')} weights, gradients, moments "
-                   f"({a['bytes'] / everything:.1f} bytes per parameter) + {human(activations, 'B')} activations"),
+        ("memory", f"{human(states, 'B')} weights, gradients, moments ({states / m['parameters']:.1f} bytes per "
+                   f"parameter) + {human(m['activations'], 'B')} activations; at most about {human(m['most'], 'B')}"
+                   + (" on the ranks like rank 0" if mesh.world > 1 else "")),
         ("latent cache", f"{a['cache_bytes']:,} bytes per token in BF16"),
         ("device", f"{backend.name(device)}, {c.precision}, torch {torch.__version__}"),
-        *((what, f"{path} ({why})") for what, path, why in backend.table(device, c, world)),
+        *((what, f"{path} ({why})") for what, path, why in backend.table(device, c, mesh.world)),
     ]
     if a["converted"]:
         converted, left = a["converted"]
@@ -128,6 +118,7 @@ def model_config(c, argv):
     the number of MTP depths may be given beside it: --n_mtp=0 leaves the module out."""
     if not c.init_from:
         return c
+    config_from_hf(c.init_from)                                              # that it is one comes before all the rest
     fields = list(configs.FIELDS)
     first = fields.index("data")                                                   # the model's fields stand before it
     given = [arg[2:].partition("=")[0] for arg in argv[1:]]
@@ -322,27 +313,25 @@ def main(argv, mesh=None):
         raise UserError("give a config first: python train.py config/tiny.py [--key=value ...]; --help lists the keys")
     c = model_config(configs.load(argv), argv)
     if c.plan and c.world:
-        mesh = parallel.Mesh(world=c.world, nodes=max(1, c.world // cluster.Cluster.per_node))
+        each = cluster.Cluster.per_node
+        mesh = parallel.Mesh(world=c.world, nodes=c.world // each if c.world % each == 0 else 1)
     mesh = (mesh or parallel.Mesh()).arrange(c, {batch_size_at(c, step) for step in range(c.batch_ramp + 1)})
     device = mesh.device(backend.device(c.device))
     backend.keep_freed_memory()
     if c.plan:
-        tokens = plan(c, device, world=mesh.world)["tokens"]
-        if mesh.pp > 1:
-            print(cluster.report(c, mesh.pp, mesh.dp, mesh.ep, tokens))
-        elif mesh.world > 1:
-            print("  cluster       only pipelines are planned: give --pp; the rows above are those of one process")
+        a = plan(c, device, mesh)
+        if mesh.world > 1:
+            print(cluster.report(c, mesh, a["tokens"], a))
         return 0
     if c.precision == "fp8" and backend.fp8_kernels(device)[0] == "torch":
         raise UserError(f"--precision=fp8: {backend.fp8_kernels(device)[1]}; --precision=fp8_reference computes the "
                         f"same on plain torch, slowly")
-    if c.eval_only and mesh.world > 1:
-        raise UserError("--eval_only: one process does it; leave out torchrun")
-    if c.eval_only:
-        return eval_only(c)
-    ranks.check(c, mesh)
+    if not c.eval_only:
+        ranks.check(c, mesh)
     mesh.connect(device)
     mesh.same("config", dataclasses.asdict(c))
+    if c.eval_only:
+        return eval_only(c, mesh)
     if c.profile and c.max_steps < 6:
         raise UserError(f"--profile traces steps 4 to 6 of a run, and max_steps = {c.max_steps}; give --max_steps=6")
     have = parallel.checkpoints(c.out_dir)
@@ -358,7 +347,8 @@ def main(argv, mesh=None):
     newest = newest_whole(c, have, mesh) if c.resume else None
     try:
         again = shlex.join(a for a in argv if a.partition("=")[0] not in ("--resume", "--out_dir"))
-        return run(c, device, mesh, newest, again)
+        with parallel.claimed(c.out_dir, mesh):
+            return run(c, device, mesh, newest, again)
     except (MemoryError, RuntimeError) as e:
         if backend.out_of_memory(e):
             raise UserError(f"out of memory: lower --micro_batch_size (now {c.micro_batch_size}; the result stays the "
@@ -395,14 +385,15 @@ def check_resume(c, state):
                             f"another with --out_dir")
 
 
-def eval_only(c):
+def eval_only(c, mesh):
+    """On many ranks each holds the whole model, and takes its part of the text."""
     import sample
     v3, _, what = sample.load(c.eval_only, c.device)
     folder = Path(c.eval_only) if (Path(c.eval_only) / "tokenizer.json").is_file() else parallel.latest(c.eval_only)
     T = min(c.seq_len, v3.config.context)
     v3.config = v3.config.replace(seq_len=T, eval_stride=min(c.eval_stride, T), data=c.data,
                                   tokenizer=str(folder / "tokenizer.json"), fim_rate=c.fim_rate)
-    loss, bpb = evaluate(v3, Data(v3.config), parallel.Mesh())
+    loss, bpb = evaluate(v3, mesh.one_first(lambda: Data(v3.config)), mesh)
     print(f"{what}: val loss {loss:.4f} nats per token, {bpb:.4f} bits per byte")
     return 0
 
@@ -411,7 +402,7 @@ def run(c, device, mesh, newest, command):
     # Everything that can be wrong with the input is found here, before the first long work.
     data = mesh.one_first(lambda: Data(c))
     mesh.same("data", data.identity)
-    a = plan(c, device, data, mesh.world)
+    a = plan(c, device, mesh, data)
     modules, pipe = ranks.build(c, device, mesh, c.init_from and not newest)              # one process: [V3], None
     shares, counters = ranks.replicas(c, mesh, modules, pipe)
     gates = [gate for module in modules for gate in module.gates()]
@@ -459,7 +450,7 @@ def run(c, device, mesh, newest, command):
 
     skipped, saved = 0, start
     busy, seen, shown = 0.0, 0, start                                                     # since the last progress line
-    with parallel.claimed(c.out_dir, mesh), parallel.Saver(c.out_dir, mesh) as saver, Interrupt() as interrupt:
+    with parallel.Saver(c.out_dir, mesh) as saver, Interrupt() as interrupt:
         log = Log(c, start, mesh.rank)
         for step in range(start, c.max_steps):
             began, size = time.time(), batch_size_at(c, step)

@@ -40,7 +40,8 @@ ema_decay = 0.999
 pp = 16
 ep = 64
 world = 2048
-pipeline = "dualpipev"              # V3: DualPipe; that holds each stage twice, 101 GB a GPU as we hold it, and this 86
+pipeline = "dualpipev"              # V3: DualPipe, which holds each stage twice: 91 GB a GPU, since ours hold FP32
+                                    # weights whole, where V3's share out these masters too; this takes 74
 
 # Tokens become steps. While the batch grows from 3072 to 15360 sequences, a step holds 9216 * 4096 = 37.7M tokens on
 # average; afterwards 15360 * 4096 = 62.9M.

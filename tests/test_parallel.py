@@ -231,7 +231,7 @@ def test_after_a_crash_the_newest_whole_checkpoint_is_found_and_the_run_can_save
         with pytest.raises(Crash):
             save(tmp_path, 4)
     whole = tmp_path / "step_00000004" if last == "latest" else old                     # renamed: whole, and the newest
-    assert latest(tmp_path) == whole and checkpoints(tmp_path)[-1] == whole
+    assert latest(tmp_path) == old and checkpoints(tmp_path)[-1] == whole
     load_checkpoint(whole, weights())
     assert save(tmp_path, 4) == latest(tmp_path)
     assert names(tmp_path) == ["latest", "step_00000002", "step_00000004"]

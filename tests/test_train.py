@@ -28,6 +28,7 @@ import ranks
 import train
 from configs import Config, UserError
 from data import Data
+from fp8_tiles import quantize_torch
 from model import V3, official_tensors, save_hf
 from tokenizer import get_tokenizer, load_tokenizer
 from train import bias_update_speed, learning_rate, mtp_weight
@@ -218,7 +219,7 @@ def test_weight_decay_falls_on_matrices_only_embedding_and_head_included():
 
 
 def test_any_cut_into_micro_batches_trains_the_same_model(tmp_path, monkeypatch):
-    monkeypatch.setattr(ranks, "V3", lambda c: V3(c).double())                          # no rounding to hide behind
+    monkeypatch.setattr(ranks, "V3", lambda *args: V3(*args).double())                  # no rounding to hide behind
     for size in (2, 3, 8):
         go(tmp_path / str(size), micro_batch_size=size, max_steps=4, save_interval=0)
     whole = tensors(tmp_path / "8")
@@ -561,14 +562,17 @@ def test_a_run_in_fp8_with_bf16_moments_resumes_to_the_same_bits(tmp_path, monke
 
 def test_the_plan_counts_the_bytes_of_moments_and_of_fp8_weights(capsys):
     cpu = torch.device("cpu")
-    size = lambda **changes: train.plan(config(**changes), cpu)
+    size = lambda **changes: train.plan(config(**changes), cpu, parallel.Mesh())
     plain, low = size(), size(precision="fp8_reference", moments="bf16")
     everything = plain["total"] + plain["mtp"]
-    assert plain["bytes"] == 16 * everything and "16.0 bytes per parameter" in capsys.readouterr().out
-    assert 0 < low["fp8"] < everything and low["bytes"] == 12 * everything + low["fp8"]
+    states = lambda a: sum(a["memory"][what] for what in ("weights", "copies", "gradients", "moments"))
+    assert states(plain) == 16 * everything and "16.0 bytes per parameter" in capsys.readouterr().out
     v3 = V3(config(precision="fp8_reference"))
-    assert low["fp8"] == sum(p.numel() for name, p in v3.named_parameters()
-                             if name.removesuffix(".weight") in v3.converted[0] or name.endswith(("ffn.w13", "ffn.w2")))
+    eight = [p for name, p in v3.named_parameters()
+             if name.removesuffix(".weight") in v3.converted[0] or name.endswith(("ffn.w13", "ffn.w2"))]
+    assert low["fp8"] == sum(p.numel() for p in eight) < everything
+    scales = sum(4 * q.scale.numel() for q in (quantize_torch(p.detach(), 128) for p in eight))
+    assert states(low) == 12 * everything + low["fp8"] + scales
 
 
 def test_where_and_how_a_run_runs_may_change_on_resume(again, whole):
@@ -672,6 +676,7 @@ MISTAKES = {
     "no such tokenizer": (dict(tokenizer="byte"), "did you mean 'bytes'?"),
     "vocabulary too small": (dict(vocab_size=100), "vocab_size"),
     "no such model": (dict(init_from="nowhere"), "nowhere: no config.json there"),
+    "no such model, and a tokenizer": (dict(init_from="nowhere", tokenizer="bytes"), "nowhere: no config.json there"),
     "nothing to resume": (dict(resume=True), "no checkpoint"),
     "nothing to evaluate": (dict(eval_only="nowhere"), "no checkpoint"),
     "not a file": (dict(data=os.devnull), "neither a file nor a folder"),

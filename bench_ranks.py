@@ -1,0 +1,235 @@
+"""bench.py memory and scaling: what each rank of a run holds, against what --plan says; what many ranks, and one, cost.
+"""
+import gc
+import json
+import multiprocessing
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+import backend
+import cluster
+import configs
+import parallel
+import ranks
+import train
+from configs import Config, UserError
+from data import Data
+from dualpipe import DualPipe
+from fp8 import AtOnce
+from measure import HERE, Allocated, call, lines, record
+from model import V3
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+SMALL = Config(                               # configs/bench_1b.py, each dim an eighth or a quarter, with MTP
+    vocab_size=2048, dim=128, n_layers=4, n_dense_layers=1, inter_dim=352, moe_inter_dim=64, n_heads=4, q_lora_rank=64,
+    kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=32, n_routed_experts=16,
+    n_activated_experts=4, n_mtp=1, seq_len=128, batch_size=16, micro_batch_size=2, device="cpu", timeout=60)
+
+# {name: (ranks, changes)}
+LAYOUTS = {
+    "one process": (1, {}),
+    "BF16 moments": (1, dict(moments="bf16")),
+    "recompute_mla": (1, dict(recompute_mla=True)),
+    "recompute": (1, dict(recompute=True)),
+    "the average on the CPU": (1, dict(ema_decay=0.9)),
+    "BF16": (1, dict(precision="bf16")),
+    "FP8 (the reference)": (1, dict(precision="fp8_reference", moments="bf16")),
+    "dp2": (2, dict(zero1=False)),
+    "dp2, ZeRO-1": (2, {}),
+    "ep2, ZeRO-1": (2, dict(ep=2)),
+    "pp2, 1F1B": (2, dict(pp=2, pipeline="1f1b")),
+    "pp2, DualPipe, ZeRO-1": (2, dict(pp=2)),
+    "pp2 (DualPipeV) x ep2, FP8, all of it": (4, dict(pp=2, ep=2, pipeline="dualpipev", precision="fp8_reference",
+                                                      moments="bf16", recompute_mla=True, ema_decay=0.9))}
+
+
+def held_by(c, mesh, device):
+    """{what: bytes} of this rank, by the names of cluster.memory, measured in one step of training on random tokens; on
+    a GPU "most" too, its allocator's peak in such a step."""
+    mesh.connect(device)
+    modules, pipe = ranks.build(c, device, mesh, False)
+    shares, _ = ranks.replicas(c, mesh, modules, pipe)
+    optimizer = train.make_optimizer(c, shares.updated.values())
+    average = [p.detach().to("cpu", copy=True) for p in shares.owned.values()] if c.ema_decay else []
+    parameters = list({p: None for module in modules for p in module.parameters()})
+    tokens = torch.randint(c.vocab_size, (c.batch_size // mesh.dp, c.seq_len + 1 + c.n_mtp), device=device)
+    totals, most = ([c.batch_size * c.seq_len] * (1 + c.n_mtp), c.batch_size), [0]
+
+    def gradients():
+        return sum(p.grad.nbytes for p in parameters if p.grad is not None)
+
+    def step(look):
+        """Forward and backward of this rank's part of a batch; look() wherever a forward pass has ended."""
+        if pipe:
+            def forward(*what):
+                yield from DualPipe.forward(pipe, *what)
+                look()
+            pipe.forward = forward
+            return ranks.pipelined(c, pipe, tokens, totals, c.mtp_weight)
+        for micro in tokens.split(c.micro_batch_size):
+            loss, _ = modules[0].loss(micro, totals=totals)
+            look()
+            loss.backward()
+
+    for p in parameters if not pipe else ():
+        p.queue = AtOnce()
+    step(lambda: None)                                         # which makes the copies of the weights
+    for p in parameters:
+        p.grad = None
+    peak = {}
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step(lambda: most.append(torch.cuda.memory_allocated() - before - gradients()))
+        peak["most"] = torch.cuda.max_memory_allocated()
+    else:
+        with Allocated() as memory:
+            step(lambda: most.append(memory.alive() - gradients()))
+    copies = [t for p in parameters for t in ([p.fp8[1].values, p.fp8[1].scale] if hasattr(p, "fp8") else
+                                              [p.low[1]] if hasattr(p, "low") else [])]
+    return {"weights": sum(p.nbytes for p in parameters), "gradients": gradients(),
+            "copies": sum(t.untyped_storage().nbytes() for t in copies), "activations": max(most),
+            "moments": sum(s[m].nbytes for s in optimizer.state.values() for m in ("exp_avg", "exp_avg_sq")),
+            "average": sum(t.nbytes for t in average), **peak}
+
+
+def one_rank(rank, world, port, c, folder):
+    torch.set_num_threads(1)
+    torch.manual_seed(rank)
+    mesh = parallel.Mesh(rank, world, rank, 1, dist.TCPStore("127.0.0.1", port, world, rank == 0))
+    mesh.arrange(c, [c.batch_size])
+    found = held_by(c, mesh, torch.device("cpu"))
+    Path(folder, f"{rank}.json").write_text(json.dumps(found))
+    mesh.most(0)                                               # rank 0 keeps the store: it leaves last
+
+
+def on_ranks(c, world, seconds=120):
+    """[held_by of each of so many ranks, each a process on this machine], in their order."""
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    with tempfile.TemporaryDirectory() as folder, socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+        s.close()
+        processes = [context.Process(target=one_rank, args=(rank, world, port, c, folder)) for rank in range(world)]
+        [p.start() for p in processes]
+        [p.join(seconds) for p in processes]
+        [p.kill() for p in processes if p.is_alive()]
+        if any(p.exitcode for p in processes):
+            raise UserError(f"bench.py memory: a rank of {world} failed")
+        return [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(world)]
+
+
+def against_plan(name, world, changes):
+    """{layout, ranks, and for each thing the bytes of the fullest rank of all, measured and planned}."""
+    c = SMALL.replace(**changes)
+    mesh = parallel.Mesh(world=world).arrange(c, [c.batch_size])
+    found, rows = on_ranks(c, world), []
+    for place in cluster.places(mesh):                         # what the fullest of each stage's ranks hold
+        here, plan = found[place.rank:place.rank + mesh.dp], cluster.memory(c, place, False)
+        rows.append({what: [max(f[what] for f in here), plan[what]] for what in here[0]})
+    return {"layout": name, "processes": world, "changes": changes, "rows": rows}
+
+
+def off(row):
+    """How far the plan is off, at most, of all that is there."""
+    return max(abs(plan / real - 1) for stage in row["rows"] for real, plan in stage.values() if real)
+
+
+GPU = {"one process": {}, "BF16 moments": dict(moments="bf16"), "recompute_mla": dict(recompute_mla=True),
+       "recompute": dict(recompute=True), "four micro-batches": dict(micro_batch_size=4),
+       "FP8, BF16 moments, recompute_mla": dict(precision="fp8", moments="bf16", recompute_mla=True)}
+
+
+def memory_on_a_gpu():
+    """configs/bench_1b.py on one GPU, whose allocator says what is there."""
+    device, layouts = torch.device("cuda"), []
+    for name, changes in GPU.items():
+        c = configs.load(["configs/bench_1b.py"]).replace(**changes)
+        plan = cluster.memory(c, mesh := parallel.Mesh().arrange(c, [c.batch_size]), kernels=True)
+        found = held_by(c, mesh, device)
+        layouts.append({"layout": name, "changes": changes, "rows": [{w: [n, plan[w]] for w, n in found.items()}]})
+        print(f"{name}: the plan is off by at most {off(layouts[-1]):.1%}: {layouts[-1]['rows'][0]}", flush=True)
+        gc.collect()
+        torch.cuda.empty_cache()
+    record("memory_gpu", "python bench.py memory", layouts=layouts)
+
+
+def memory(options):
+    if torch.cuda.is_available():
+        return memory_on_a_gpu()
+    layouts = []
+    for name, (world, changes) in LAYOUTS.items():
+        layouts.append(against_plan(name, world, changes))
+        print(f"{name}: the plan is off by at most {off(layouts[-1]):.1%}", flush=True)
+    record("memory", "python bench.py memory", layouts=layouts)
+
+
+# --- scaling ----------------------------------------------------------------------------------------------------------
+
+SHORT = ["configs/tiny.py", "--save_interval=0", "--eval_stride=0"]
+
+
+def plain(steps):
+    """The loop that one writes for a single process, with the model, data and optimizer of configs/tiny.py and nothing
+    of ranks, schedules, checkpoints and logs. Prints the seconds of each step as JSON."""
+    backend.keep_freed_memory()
+    c, times = configs.load(SHORT), []
+    data, v3 = Data(c), V3(c)
+    optimizer = train.make_optimizer(c, v3.parameters())
+    for p in v3.parameters():
+        p.queue = AtOnce()
+    for step in range(steps):
+        began = time.time()
+        for micro in data.batch(step, 0, 1).split(c.micro_batch_size):
+            loss, _ = v3.loss(micro, totals=([c.batch_size * c.seq_len] * (1 + c.n_mtp), c.batch_size))
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(v3.parameters(), c.grad_clip)
+        optimizer.step()
+        for gate in v3.gates():
+            gate.update_bias(c.bias_update_speed)
+        optimizer.zero_grad()
+        times.append(time.time() - began)
+    print("TIMES", json.dumps(times))
+
+
+def trained(processes, steps, *flags):
+    """Seconds of each step of train.py on so many processes, of a thread each."""
+    with tempfile.TemporaryDirectory() as folder:
+        many = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] * (processes > 1)
+        run = subprocess.run([sys.executable, *many, "train.py", *SHORT, f"--max_steps={steps}", *flags,
+                              f"--out_dir={folder}/run"], cwd=HERE, capture_output=True, text=True, timeout=600,
+                             env={**os.environ, "OMP_NUM_THREADS": "1"})
+        if run.returncode:
+            raise UserError(f"train.py on {processes} processes failed: {run.stdout[-300:]} {run.stderr[-300:]}")
+        rows, _ = lines(f"{folder}/run")
+    batch = next((int(flag.partition("=")[2]) for flag in flags if flag.startswith("--batch_size")), 32)
+    return [batch * 128 / row["tokens_per_s"] for row in rows]
+
+
+WEAK = {"one process": (1, []), "dp2": (2, ["--batch_size=64"]), "ep2": (2, ["--batch_size=64", "--ep=2"]),
+        "pp2": (2, ["--batch_size=64", "--pp=2", "--micro_batch_size=8"])}
+
+
+def scaling(options):
+    """The default job in turns: the plain loop and train.py in one process; and with as much work for each of two."""
+    steps, load, runs = 40, os.getloadavg()[0], {"plain loop": [], **{name: [] for name in WEAK}}
+    for _ in range(int(options.get("repeats", 5))):
+        said = call(["-c", f"import torch, bench_ranks; torch.set_num_threads(1); bench_ranks.plain({steps})"], HERE)
+        runs["plain loop"].append(statistics.median(json.loads(said.split("TIMES")[1])))
+        for name, (processes, flags) in WEAK.items():
+            runs[name].append(statistics.median(trained(processes, steps, *flags)))
+        print({name: f"{times[-1] * 1e3:.1f} ms" for name, times in runs.items()}, flush=True)
+    step = {name: statistics.median(times) for name, times in runs.items()}
+    record("scaling", "python bench.py scaling", steps=steps, seconds=runs, load_before=load,
+           overhead=step["one process"] / step["plain loop"] - 1,
+           efficiency={name: step["one process"] / step[name] for name in WEAK if name != "one process"})

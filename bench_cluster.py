@@ -593,9 +593,7 @@ def measure_scaling(world, device, folder):
                 r["peak_bytes"] = max(result["peak_bytes"] for result in results)
             r["tokens_per_s"] = r["tokens"] / r["seconds"]
             r["mfu"] = peak and r["tokens_per_s"] * a["flops"] / peak / gpus
-            kind, dp = (c.pipeline, gpus // c.pp) if c.pp > 1 else ("1f1b", gpus)
-            planned, _ = cluster.plan(c, kind, c.pp, dp, c.ep, a=a)
-            r["planned_bytes"] = planned["weights"] + planned["activations"]
+            r["planned_bytes"] = cluster.fullest(c, parallel.Mesh(world=gpus).arrange(c, {c.batch_size}), a)["most"]
             alone = next((row for row in rows if (row["gpus"], row["model"]) == (1, r["model"])), None)
             r["efficiency"] = alone and r["tokens_per_s"] / gpus / alone["tokens_per_s"]
             rows.append(r)

@@ -301,7 +301,7 @@ def failure(mesh, e):
         calls = traceback.extract_tb(e.__traceback__) + traceback.extract_tb(e.__cause__ and e.__cause__.__traceback__)
         if code == 2:
             message = f"{who}: {e}" if mesh.rank else str(e)
-        elif not any(os.path.join("torch", "distributed") in call.filename for call in calls):
+        elif not any(os.path.join("torch", "distributed") in call.filename or ".wait()" in call.line for call in calls):
             message = f"{who} failed"
         else:
             silent, until = set(range(mesh.world)), time.time() + patience

@@ -269,7 +269,8 @@ def difference(folder, whole):
     apart, size = {n: norm([ours.get(n, torch.zeros_like(t)) - t]) for n, t in theirs.items()}, norm(theirs.values())
     each = {n: apart[n] / max(norm([t]), size / 1000) for n, t in theirs.items()}
     worst = max(each, key=each.get)
-    return {**out, "gradients": math.hypot(*apart.values()) / size, "worst_gradient": each[worst], "worst": worst}
+    out["all_gradients"] = math.hypot(*apart.values()) / size
+    return {**out, "gradients": each[worst], "worst gradient": worst}
 
 
 def measure_parity(world, device, folder):
@@ -286,7 +287,7 @@ def measure_parity(world, device, folder):
                          "noise": noise, **difference(folder / f"{precision} {name}", folder / f"{precision} alone 0")})
             r = rows[-1]
             print(f"  {precision} {r['layout']:32} loss {r['loss']:.1e}  weights {r['weights']:.1e}  gradients "
-                  f"{r['gradients']:.1e}, worst {r['worst_gradient']:.1e} {r['worst']}", flush=True)
+                  f"{r['all_gradients']:.1e}, worst {r['gradients']:.1e} {r['worst gradient']}", flush=True)
     return {"steps": PARITY["max_steps"], "rows": rows}
 
 
@@ -399,11 +400,12 @@ class Stay(moe.Sent):
     back = there
 
 
-def v3_layers(small, precision, experts):
-    """V3 with four layers of fewer experts."""
+def v3_layers(small, case, experts):
+    """V3 with four layers of fewer experts, for a case of "PRECISION, N x 4,096 tokens"."""
+    precision, sequences = case.split(", ")[0], int(case.split(", ")[1][0])
     c = shipped("v3_671b.py", n_layers=4, n_dense_layers=0, n_routed_experts=experts, n_expert_groups=1,
                 n_limited_groups=1, n_mtp=0, vocab_size=1024, precision=precision, batch_size=experts, batch_ramp=0,
-                pp=1, ep=1)
+                micro_batch_size=sequences, pp=1, ep=1)
     return c.replace(dim=128, moe_inter_dim=64, n_heads=2, q_lora_rank=32, kv_lora_rank=32, seq_len=64) if small else c
 
 
@@ -413,14 +415,14 @@ def overlap(job, case):
     c = v3_layers(job.small, case, 8 * job.world)
     job.connect(c, case)
     _, inside = experts_of(job, 1)
-    members = moe.ExpertRanks(1, job.world, job.rank, None, inside, case == "fp8", job.device)
+    members = moe.ExpertRanks(1, job.world, job.rank, None, inside, c.precision == "fp8", job.device)
     alone = [dist.new_group([rank]) for rank in range(job.world)][job.rank]
     pairs = Pairs(c, members, job.device, alone)
     pairs.milliseconds(True)                                                   # kernels are compiled
     out = {"in_turns_ms": pairs.milliseconds(True), "one_after_the_other_ms": pairs.milliseconds(False)}
     if not job.small:
         spans = pairs.timeline()
-        out |= lanes(spans, lambda e: "nccl" in e["name"].lower())
+        out |= lanes(spans, lambda e: "nccl" in e["name"].lower(), Pairs.TRACED)
         out["longest"] = longest(spans)
     with mock.patch.object(moe, "Sent", Stay):
         pairs.milliseconds(True)
@@ -428,26 +430,30 @@ def overlap(job, case):
     return out
 
 
+def overlap_cases(device):
+    fp8 = device == "cuda" and backend.fp8_kernels(torch.device("cuda"))[0] == "Triton"
+    return [f"{precision}, {n} x 4,096 tokens" for precision in ("bf16", *["fp8"] * fp8) for n in (1, 2)]
+
+
 def measure_overlap(world, device, folder):
-    done, out = run("overlap", ["bf16", *fp8_too(device)], world, device, folder, 90), {"rows": []}
+    done, out = run("overlap", overlap_cases(device), world, device, folder, 90), {"rows": []}
     for case, results in done.items():
         r = {key: max(result[key] for result in results) for key in results[0] if key.endswith("ms")}
-        r |= {"precision": case, "travel_ms": (travel := r["one_after_the_other_ms"] - r["without_ms"]),
+        precision, sequences = case.split(", ")
+        travel = r["one_after_the_other_ms"] - r["without_ms"]
+        r |= {"precision": precision, "sequences": int(sequences[0]), "travel_ms": travel,
               "hidden": 1 - (r["in_turns_ms"] - r["without_ms"]) / travel if travel else 0.0}
         shares = [result["under_kernels"] for result in results if "under_kernels" in result]
         if shares:
             r["under_kernels"] = min(shares)
-            out["timeline"] = {"precision": case, **{key: results[0][key] for key in ("kernels", "copies")}}
+            out["timeline"] = {"precision": precision, **{key: results[0][key] for key in ("kernels", "copies")}}
         out["rows"].append(r)
         print(f"  {case}: a pair {r['in_turns_ms']:.1f} ms in turns, {r['one_after_the_other_ms']:.1f} one after the "
               f"other, {r['without_ms']:.1f} without exchanges: {r['hidden']:.1%} hidden"
               + (f"; {min(shares):.1%} of the exchanges under kernels" if shares else ""), flush=True)
-        print(*(f"    {ms:8.2f} ms {name[:100]}" for name, ms in results[0].get("longest", [])), sep="\n", flush=True)
+        for kernel, ms in results[0].get("longest", []):
+            print(f"    {ms:8.2f} ms {kernel[:100]}", flush=True)
     return out
-
-
-def fp8_too(device):
-    return ["fp8"] if device == "cuda" and backend.fp8_kernels(torch.device("cuda"))[0] == "Triton" else []
 
 
 # --- scaling ----------------------------------------------------------------------------------------------------------
@@ -540,8 +546,10 @@ def scaling(job, case):
     mesh = parallel.Mesh().arrange(c, {c.batch_size}) if alone else job.connect(c, case)
     ranks.check(c, mesh)
     device, steps = job.device, 1 if job.small else 3
+    before = 0
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
     modules, pipe = ranks.build(c, device, mesh, False)
     shares, counters = ranks.replicas(c, mesh, modules, pipe)
     optimizer = train.make_optimizer(c, shares.updated.values())
@@ -559,7 +567,7 @@ def scaling(job, case):
     times = [step(c, mesh, device, parts, tokens) for _ in range(steps)]
     seconds, computed = (statistics.median(column) for column in zip(*times))
     out = {"seconds": seconds, "computed": computed, "tokens": c.batch_size * c.seq_len,
-           "peak_bytes": backend.peak_memory(device)}
+           "peak_bytes": backend.peak_memory(device) - before}
     for hook in hooks:                         # or parameters and shares, which hold each other, outlive the case
         hook.remove()
     if pipe:
@@ -585,9 +593,7 @@ def measure_scaling(world, device, folder):
                 r["peak_bytes"] = max(result["peak_bytes"] for result in results)
             r["tokens_per_s"] = r["tokens"] / r["seconds"]
             r["mfu"] = peak and r["tokens_per_s"] * a["flops"] / peak / gpus
-            kind, dp = (c.pipeline, gpus // c.pp) if c.pp > 1 else ("1f1b", gpus)
-            planned, _ = cluster.plan(c, kind, c.pp, dp, c.ep, a=a)
-            r["planned_bytes"] = planned["weights"] + planned["activations"]
+            r["planned_bytes"] = cluster.fullest(c, parallel.Mesh(world=gpus).arrange(c, {c.batch_size}), a)["most"]
             alone = next((row for row in rows if (row["gpus"], row["model"]) == (1, r["model"])), None)
             r["efficiency"] = alone and r["tokens_per_s"] / gpus / alone["tokens_per_s"]
             rows.append(r)
@@ -623,7 +629,7 @@ def measure_restart(world, device, folder, limit=150):
     (folder / "dies_once.py").write_text(DIES_ONCE)
     command = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}", "--max-restarts=1",
                folder / "dies_once.py", folder / "parity.py", f"--out_dir={folder / 'restart'}", f"--device={device}",
-               "--precision=fp32", "--save_interval=5", "--timeout=20"]
+               "--precision=fp32", "--save_interval=5", "--timeout=15"]
     began = time.time()
     # What doesn't answer SIGTERM, because it waits for the dead rank on its GPU, is killed after these seconds.
     env = {**os.environ, "OMP_NUM_THREADS": "1", "NANOV3_CACHE": str(folder / "cache"),
@@ -686,7 +692,7 @@ def cluster_of_gpus(options):
     with tempfile.TemporaryDirectory() as folder:
         folder, began = Path(folder), time.time()
         warming = [Ranks("warm", {i: case}, 1, device, folder, i % world) for i, case in
-                   enumerate(("bf16", "bench_1b", *fp8_too(device)))] if device == "cuda" else []
+                   enumerate(("bench_1b", *overlap_cases(device)[::2]))] if device == "cuda" else []
         for part in parts:
             started = time.time()
             print(f"{part}, from second {started - began:.0f}:", flush=True)

@@ -169,10 +169,12 @@ def covered(spans, by):
     return total
 
 
-def lanes(timeline, travels):
-    """What `intervals` found -> the spans of kernels on the stream that works most and of what `travels` on others, and
-    how much of these lies under those."""
-    work = Counter()
+def lanes(timeline, travels, pairs):
+    """What `intervals` found of so many pairs -> the spans of kernels on the stream that works most and of what
+    `travels` on others, and how much of these lies under those: from the second pair on, for when the first one began
+    the host was not ahead."""
+    since = [e["start"] for e in timeline if travels(e)]
+    timeline, work = [e for e in timeline if e["start"] >= since[len(since) // pairs]], Counter()
     for e in timeline:
         work[e["stream"]] += (e["end"] - e["start"]) * (e["what"] == "kernel" and not travels(e))
     main = work.most_common(1)[0][0]
@@ -186,9 +188,11 @@ def lanes(timeline, travels):
 class Pairs:
     """DualPipeV on one rank, of two chunks of some V3 blocks each, whose tokens go through `ranks` (a moe.ExpertRanks):
     pairs of a forward and a backward that exchange with no stage of another rank. group: one of this rank alone."""
+    TRACED = 3                                 # pairs in a timeline
 
     def __init__(self, c, ranks, device, group=None, microbatches=6):
-        self.tokens, self.group = torch.randint(c.vocab_size, (microbatches, c.seq_len + 1), device=device), group
+        self.size, self.microbatches, self.group = c.micro_batch_size, microbatches, group
+        self.tokens = torch.randint(c.vocab_size, (microbatches * self.size, c.seq_len + 1), device=device)
         with device:
             self.stages = model.stages(c, 2, [0, 1])
         self.device = self.tokens.device
@@ -205,19 +209,19 @@ class Pairs:
     def step(self, overlap, watch):
         """One batch; its pairs, which follow each other without a break, are run by watch(number, run, step)."""
         stages, tokens, number = self.stages, self.tokens, itertools.count()
-        pipe = dualpipe.DualPipe("dualpipev", stages, stages[1].criterion, stages[0].like(1), self.group,
-                                 overlap=overlap)
+        pipe = dualpipe.DualPipe("dualpipev", stages, stages[1].criterion, stages[0].like(self.size),
+                                 self.group, overlap=overlap)
         run = pipe.run
         pipe.run = lambda step: watch(next(number), run, step) if step.kind == "FB" and step.mb[0] > 1 else run(step)
         for s in stages:
             s.begin(([tokens.numel() - len(tokens)], len(tokens)))
             s.zero_grad()
-        pipe.step(len(tokens), tokens, tokens)
+        pipe.step(self.microbatches, tokens, tokens)
 
     def milliseconds(self, overlap):
         """Mean time of a pair, in turns or one chunk after the other. The first one is not counted: the host is then
         ahead of the GPU, as in the midst of a training step."""
-        pairs, began = 2 * (len(self.tokens) - 2), []
+        pairs, began = 2 * (self.microbatches - 2), []
 
         def watch(number, run, step):
             if number == 0:
@@ -241,7 +245,7 @@ class Pairs:
         return event
 
     def timeline(self):
-        """`intervals` of two pairs in turns, one behind the other."""
+        """`intervals` of some pairs in turns, one behind the other."""
         profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
 
         def watch(number, run, step):
@@ -249,7 +253,7 @@ class Pairs:
                 profiler.start()
                 self.sync()
             run(step)
-            if number == 1:
+            if number == self.TRACED - 1:
                 self.sync()
                 profiler.stop()
 
@@ -299,7 +303,7 @@ def overlap(options):
             numbers = {"shape": "V3's layer with 16 experts, 4,096 tokens", "without_ms": without, "rows": rows}
             if timeline:
                 numbers["timeline"] = {"detours": Detour.times,
-                                       **lanes(timeline, lambda e: e["what"] == "gpu_memcpy")}
+                                       **lanes(timeline, lambda e: e["what"] == "gpu_memcpy", Pairs.TRACED)}
                 print(f"timeline: {numbers['timeline']['under_kernels']:.1%} of the copies under kernels; longest:",
                       *(f"{ms:8.2f} ms {name[:100]}" for name, ms in longest(timeline)), sep="\n", flush=True)
             else:

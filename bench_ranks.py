@@ -48,6 +48,7 @@ LAYOUTS = {
     "dp2, ZeRO-1": (2, {}),
     "ep2, ZeRO-1": (2, dict(ep=2)),
     "pp2, 1F1B": (2, dict(pp=2, pipeline="1f1b")),
+    "pp2, ZB1P": (2, dict(pp=2, pipeline="zb1p")),
     "pp2, DualPipe, ZeRO-1": (2, dict(pp=2)),
     "pp2 (DualPipeV) x ep2, FP8, all of it": (4, dict(pp=2, ep=2, pipeline="dualpipev", precision="fp8_reference",
                                                       moments="bf16", recompute_mla=True, ema_decay=0.9))}
@@ -130,13 +131,15 @@ def on_ranks(c, world, seconds=120):
 
 
 def against_plan(name, world, changes):
-    """{layout, ranks, and for each thing the bytes of the fullest rank of all, measured and planned}."""
+    """{layout, ranks, and for each place in the pipeline and each thing the bytes, measured and planned: of the fullest
+    of its ranks, and of activations, which are planned for balanced experts, the mean of its ranks}."""
     c = SMALL.replace(**changes)
     mesh = parallel.Mesh(world=world).arrange(c, [c.batch_size])
     found, rows = on_ranks(c, world), []
-    for place in cluster.places(mesh):                         # what the fullest of each stage's ranks hold
+    for place in cluster.places(mesh):
         here, plan = found[place.rank:place.rank + mesh.dp], cluster.memory(c, place, False)
-        rows.append({what: [max(f[what] for f in here), plan[what]] for what in here[0]})
+        of = {what: statistics.mean if what == "activations" else max for what in here[0]}
+        rows.append({what: [of[what](f[what] for f in here), plan[what]] for what in of})
     return {"layout": name, "processes": world, "changes": changes, "rows": rows}
 
 

@@ -7,6 +7,7 @@ import cluster
 import configs
 import dualpipe
 from bench_mla import cache_per_token
+from bench_ranks import off
 from configs import UserError
 from measure import HERE, RESULTS, call, load
 from model import arithmetic
@@ -35,13 +36,14 @@ def many_ranks(m):
     out = [f"{where}, torch {m['torch']}."]
     if "parity" in m:
         rows = {(r["layout"], r["precision"]): r for r in m["parity"]["rows"]}
-        cell = lambda r: f"{r['loss']:.0e} | {r['weights']:.0e} | {r['gradients']:.0e}, {r['worst_gradient']:.0e}" \
-            if r else " | | "
+        cell = lambda r: f"{r['loss']:.0e} | {r['weights']:.0e} | {r['gradients']:.0e}" if r else " | | "
         out += ["", f"| {m['parity']['steps']} steps of a small V3 against one rank | FP32: losses | weights | "
                     "gradients of step 1 | BF16: losses | weights | gradients |", "|---|---|---|---|---|---|---|",
                 *(f"| {layout} | {cell(rows.get((layout, 'fp32')))} | {cell(rows.get((layout, 'bf16')))} |"
                   for layout in dict.fromkeys(layout for layout, _ in rows)), "",
-                "Relative differences: the worst step's; all weights; all gradients together, and the worst's."]
+                "Relative differences: of the worst step, of all weights together, of the worst gradient. Where "
+                "experts are spread, their sums are rounded to BF16 once more, and a token whose gate is near a tie "
+                "goes to another expert: one of n rows more or less changes its gradient by about 1 / sqrt(n)."]
     if "exchange" in m:
         e = m["exchange"]
         out += ["", f"| what experts send, {e['tokens']:,} tokens of V3 | nodes x ranks | MB to others | ms | GB/s | "
@@ -57,10 +59,10 @@ def many_ranks(m):
         o = m["overlap"]
         out += ["", "| a pair of chunks, two of V3's layers each | in turns, ms | one after the other | without "
                     "exchanges | exchanges under kernels |", "|---|---|---|---|---|",
-                *(f"| {r['precision'].upper()} | {r['in_turns_ms']:.1f} | {r['one_after_the_other_ms']:.1f} | "
-                  f"{r['without_ms']:.1f} | {r['under_kernels']:.0%} |" if "under_kernels" in r else
-                  f"| {r['precision'].upper()} | {r['in_turns_ms']:.1f} | {r['one_after_the_other_ms']:.1f} | "
-                  f"{r['without_ms']:.1f} | |" for r in o["rows"])]
+                *(f"| {r['precision'].upper()}, {4096 * r.get('sequences', 1):,} tokens | {r['in_turns_ms']:.1f} | "
+                  f"{r['one_after_the_other_ms']:.1f} | "
+                  f"{r['without_ms']:.1f} | " + (f"{r['under_kernels']:.0%}" if "under_kernels" in r else "") + " |"
+                  for r in o["rows"])]
         if "timeline" in o:
             out += ["", "![two pairs on several GPUs: arithmetic and exchanges](results/cluster.png)"]
     if "scaling" in m:
@@ -280,6 +282,29 @@ def tables():
                 f"\n\nThe same of `config/gpu.py`, whose kernels are short: {small['launched']:,.0f} tokens/s "
                 f"launched, {small['graph']:,.0f} as a graph ({small['graph'] / small['launched']:.2f}x), "
                 f"{small['graph, FP8']:,.0f} of them in FP8, which costs more than it brings at 512 dims.")
+    held = [(layout, max(layout["rows"], key=lambda row: sum(real for real, _ in row.values())), file)
+            for file in ("memory", "memory_gpu") if (m := load(file)) for layout in m["layouts"]]
+    if held:
+        things = ("weights", "copies", "gradients", "moments", "activations", "average", "most")
+        cell = lambda row, what: f"{row[what][0] / 1e6:,.1f}" if row.get(what, [0])[0] else ""
+        where = {"memory": "", "memory_gpu": "config/bench_1b.py: "}
+        out["memory"] = "\n".join([
+            "| MB of the fullest rank | weights | copies | gradients | moments | activations | average, CPU | peak | "
+            "the plan is off by at most |", "|---|---|---|---|---|---|---|---|---|",
+            *(f"| {where[file]}{layout['layout']} | {' | '.join(cell(row, what) for what in things)} | "
+              f"{off(layout):.1%} |" for layout, row, file in held)])
+    if m := load("scaling"):
+        ms = {name: 1e3 * statistics.median(times) for name, times in m["seconds"].items()}
+        out["scaling"] = "\n".join([
+            "| a step of the default job | ms | |", "|---|---|---|",
+            f"| a plain loop | {ms['plain loop']:.0f} | |",
+            f"| train.py, one process | {ms['one process']:.0f} | {m['overhead']:+.1%} |",
+            *(f"| train.py, {name}, twice the batch | {ms[name]:.0f} | {share:.0%} of twice the speed |"
+              for name, share in m["efficiency"].items()), "",
+            f"{m['cpu']}, a thread a process, medians of {len(m['seconds']['dp2'])} runs in turn; the load of the "
+            f"machine by others before: {m['load_before']:.1f}."])
+    for place in ("memory", "scaling"):
+        out.setdefault(place, f"(Not measured yet: `python bench.py {place}`.)")
     if s:
         rows = lambda s: "\n".join([
             "| drafts | of them accepted | tokens per forward pass | time of the drafts / of a plain step | tokens/s | "

@@ -110,27 +110,28 @@ def kept(c, dense, kernels, ep=1, arrive=1.0, cut=False):
 
 
 def chunk(c, mesh, module, kernels):
-    """(bytes that a micro-batch leaves for backward in V3 or a Stage of it, most bytes that are there for a moment: a
-    layer made again, some rows' logits, the head's gradient)."""
+    """(bytes that a micro-batch leaves for backward in V3 or a Stage of it; at most those that wait between I and W;
+    most bytes there for a moment: a layer made again, some rows' logits, the head's gradient)."""
     tokens, high = c.micro_batch_size * c.seq_len, 4 if c.precision == "fp32" else 2
     *_, arrive = copies(c, mesh.ep_nodes, mesh.ep // mesh.ep_nodes)
-    cut, last, total, passing = mesh.pp > 1, hasattr(module, "head"), 0, 0
+    cut, last, total, again, passing = mesh.pp > 1, hasattr(module, "head"), 0, 0, 0
     layers = module.layers.values() if cut else module.layers
     norm = (high if kernels else 4) * c.dim + 4
-    for block in (*layers, *(m.block for m in module.mtp)):
-        in_mtp = not any(block is layer for layer in layers)
-        left, remade = kept(c, isinstance(block.ffn, FFN), kernels, mesh.ep, arrive, cut and not in_mtp)
-        total, passing = total + tokens * left, max(passing, tokens * remade)
+    for block, apart in (*((block, cut) for block in layers), *((m.block, False) for m in module.mtp)):
+        left, remade = kept(c, isinstance(block.ffn, FFN), kernels, mesh.ep, arrive, apart)
+        total, again, passing = total + tokens * left, again + tokens * remade, max(passing, tokens * remade)
         if c.precision == "bf16" and not kernels and not c.recompute:          # a copy of the experts, for each chunk
             total += 2 * sum(p.numel() for p in block.parameters() if p.ndim == 3)
+    losses = 0
     if last:                                           # the norm, and of each loss the gradients of states and head
-        total += tokens * norm + (1 + c.n_mtp) * (tokens * (high * c.dim + 8) + 4 * c.vocab_size * c.dim)
+        losses = (1 + c.n_mtp) * (tokens * (high * c.dim + 8) + 4 * c.vocab_size * c.dim)
+        total += tokens * norm + losses
         total += c.n_mtp * tokens * (high * c.dim if c.recompute else 3 * norm + 2 * high * c.dim)
         rows = min(tokens, CrossEntropy.ROWS)
         passing = max(passing, (8 * rows + high * c.dim) * c.vocab_size, 4 * c.dim * c.vocab_size)
-    if cut and not kernels and not c.recompute and not c.recompute_mla:
+    if cut and not kernels and not (layers and (c.recompute or c.recompute_mla)):
         total += tokens * high * c.dim                 # what the stage before has sent; elsewhere the first layer's own
-    return total, passing
+    return total, total - losses + again, passing      # an I makes at most that of what W needs
 
 
 def memory(c, mesh, kernels, a=None):
@@ -162,12 +163,12 @@ def memory(c, mesh, kernels, a=None):
     copies = sum(p.numel() + 4 * prod(p.shape[:-2]) * prod(-(-n // 128) for n in p.shape[-2:]) for p in low)
     if kernels and c.precision == "bf16":
         copies = 2 * sum(p.numel() for p, (experts, _) in held.values() if experts)
-    sizes, passing = zip(*(chunk(c, mesh, module, kernels) for module in modules))
+    sizes, late, passing = zip(*(chunk(c, mesh, module, kernels) for module in modules))
     micro_batches = math.ceil(c.batch_size / (mesh.dp * c.micro_batch_size))
     under_way = activations = 0
     for step in dualpipe.schedule(pipeline(c, mesh), mesh.pp, mesh.pp_rank, micro_batches):
         for part, dir, _ in reversed(step.parts):                                      # a pair begins with its backward
-            under_way += {"F": 1, "I": 0}.get(part, -1) * sizes[dir]
+            under_way += {"F": sizes[dir], "B": -sizes[dir], "I": late[dir] - sizes[dir], "W": -late[dir]}[part]
             activations = max(activations, under_way)
     out = {"weights": 4 * here, "copies": copies, "gradients": 4 * here,
            "moments": 2 * (4 if c.moments == "fp32" else 2) * (max(owned) if c.zero1 else here),

@@ -19,7 +19,7 @@ of an expert those of its ep neighbours too; the sum over the replicas is the gr
 it? Either everyone, with AdamW's two moments for every parameter, or (ZeRO-1) for each parameter one owner: gradients
 go to the owner only, it alone keeps the moments, and it sends the updated weight back. The same bytes cross the wires
 (a sum for all is a sum at one place and a way back), and the moments' memory is divided by the number of replicas, as
-evenly as whole tensors allow.
+evenly as whole tensors allow. Nobody waits for a sum while backward still has work to do.
 
 One process is a mesh of one: its groups are None, and a sum over such a group is what was there. No other code runs.
 
@@ -301,7 +301,7 @@ def failure(mesh, e):
         calls = traceback.extract_tb(e.__traceback__) + traceback.extract_tb(e.__cause__ and e.__cause__.__traceback__)
         if code == 2:
             message = f"{who}: {e}" if mesh.rank else str(e)
-        elif not any(os.path.join("torch", "distributed") in call.filename for call in calls):
+        elif not any(os.path.join("torch", "distributed") in call.filename or ".wait()" in call.line for call in calls):
             message = f"{who} failed"
         else:
             silent, until = set(range(mesh.world)), time.time() + patience

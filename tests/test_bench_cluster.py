@@ -10,7 +10,7 @@ import bench_readme
 from configs import UserError
 
 GPUS = torch.cuda.device_count()
-WHAT = ("loss", "weights", "gradients", "worst_gradient")
+WHAT = ("loss", "weights", "all_gradients", "gradients")
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="gloo's groups of processes are not tried on Windows")
 
 
@@ -28,7 +28,7 @@ def test_a_layout_is_compared_with_one_rank_and_the_readme_says_how(tmp_path, mo
     parity = bench_cluster.measure_parity(2, "cpu", tmp_path)
     rows = {(r["precision"], r["layout"]): r for r in parity["rows"]}
     assert len(rows) == 4 and max(rows["fp32", "dp 2"][what] for what in WHAT) < 1e-5
-    assert rows["bf16", "dp 2"]["worst_gradient"] < 0.05
+    assert rows["bf16", "dp 2"]["gradients"] < 0.05
     text = bench_readme.many_ranks({"gpus": 2, "gpu": "GPU", "torch": "2", "parity": parity})
     assert text.startswith("2 x GPU") and text.count("\n| dp 2 | ") == 1
     wrong = bench_cluster.difference(tmp_path / "bf16 alone 1", tmp_path / "fp32 alone 0")
@@ -53,4 +53,4 @@ def test_every_layout_trains_the_model_of_one_gpu_over_nccl(tmp_path):
     noise = next(r for r in rows if r["precision"] == "bf16" and r["noise"])
     for row in rows:
         for what in WHAT if row["precision"] == "fp32" else WHAT[:3]:
-            assert row[what] <= (1e-5 if row["precision"] == "fp32" else 3 * noise[what] + 1e-3), row
+            assert row[what] <= (1e-5 if row["precision"] == "fp32" else 3 * noise[what] + 1e-2), row

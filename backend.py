@@ -136,6 +136,11 @@ def peak_memory(device):
     return peak if platform.system() == "Darwin" else peak * 1024
 
 
+def multiply_in_parts(x, dtype):
+    """Whether a product of BF16 x in float32 is made of BF16 ones: on a GPU, whose tensor cores multiply these."""
+    return x.is_cuda and x.dtype == torch.bfloat16 and dtype == torch.float32
+
+
 def use_grouped_mm(x):
     """Experts as one grouped matrix product: on a GPU in BF16. On a CPU its backward is slower than a loop."""
     return x.is_cuda and x.dtype == torch.bfloat16
@@ -238,8 +243,22 @@ def experts(device, dtype, dims, fp8=False):
     return "Triton", "sorted by index, gathered while they are multiplied, summed by token"
 
 
-def table(device, config):
-    """[(mechanism, path taken, why)] for the start-up table of a Config."""
+def training_graph(device, c, world=1):
+    """(path, why) of a Config's micro-batch, forward and backward, on one of `world` ranks: 'CUDA graph' or
+    'launched'."""
+    if device.type != "cuda" or not c.graph:
+        return "launched", "no GPU" if c.graph else "--graph=False"
+    if c.compile or world > 1:
+        return "launched", "torch.compile's own" if c.compile else "ranks send tokens and gradients in between"
+    dtype, fp8 = torch.float32 if c.precision == "fp32" else torch.bfloat16, c.precision == "fp8"
+    path, why = experts(device, dtype, (c.dim, c.moe_inter_dim), fp8)
+    if path != "Triton" or c.precision == "fp8_reference":
+        return "launched", f"the experts' rows are counted by the host ({why})"
+    return "CUDA graph", "a micro-batch's kernels are started as one"
+
+
+def table(device, config, world=1):
+    """[(mechanism, path taken, why)] for the start-up table of a Config on one of `world` ranks."""
     dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
     fp8 = config.precision.startswith("fp8")
     asked = ("torch", "the reference was asked for") if config.precision == "fp8_reference" else fp8_kernels(device)
@@ -253,6 +272,7 @@ def table(device, config):
         *([("FP8", *asked)] if fp8 else []),
         ("experts", *(("one product per busy expert", asked[1]) if config.precision == "fp8_reference" else
                       experts(device, dtype, (config.dim, config.moe_inter_dim), fp8))),
+        ("training", *training_graph(device, config, world)),
         ("generation", *decode_kernels(device, dtype)),
         ("decoding", *latent_decode(device, dtype, *latent)),
         ("optimizer", *(("torch AdamW", fused) if config.moments == "fp32" else ("AdamW of fp8.py", "BF16 moments"))),

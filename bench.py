@@ -8,14 +8,19 @@
     loads       which experts work: over the steps of a training run, and on library code, tests and documentation
     decode      attention over the latent cache against torch.compile; tokens/s of generation (needs a GPU)
     attention   training attention, norm, RoPE and recomputation on a GPU: python bench.py attention
-    moe         the routed experts against torch.compile of F.grouped_mm (a Hopper GPU)
-    step        a training step of configs/bench_1b.py on random tokens, eager and compiled (a GPU)
+    moe         the routed experts against torch.compile of F.grouped_mm (a Hopper GPU); --shapes=V3,bench_1b,V2-Lite
+                and --parts=products,layers run some of it
+    step        a training step of configs/bench_1b.py on random tokens, beside transformers' (a GPU); --parts=graph,...
     fp8_error   what promotion to FP32 saves in a product of FP8 numbers, against its length K
     fp8_tiny    the default job's first 150 steps in FP32 and FP8 (the reference)
+    moments     the default job's first 240 steps with AdamW's moments in FP32 and BF16
     fp8_loss    char in FP32, BF16 and FP8 (the reference): python bench.py fp8_loss --data=FILE
     pipeline    every schedule executed with stages that sleep, against its simulation and torch.distributed.pipelining
     overlap     what a pair of DualPipe's chunks hides on one GPU: V3's blocks, copies in place of the network
-    fp8         FP8's quantization, products, Linears and optimizer against torch's, at V3's shapes (a Hopper GPU)
+    cluster     2, 4 or 8 GPUs: parity, exchanges, overlap, scaling, a rank that dies; --parts=A,B takes some of these,
+                --device=cpu shows on two processes that it runs
+    fp8         FP8's quantization, products, Linears and optimizer against torch's, at V3's shapes (a Hopper GPU);
+                --parts=products,few,linears,square,adamw,quantization runs some of it, and leaves the others' results
     layer       one MoE layer of V3 as one GPU of 64 has it: FP8 against BF16 (a Hopper GPU)
     fp8_quality 1000 steps of configs/gpu.py in BF16, BF16 with another seed, and FP8 (a Hopper GPU)
     memory      what each rank of a run holds, against the plan, by category: of small models on gloo; on a GPU of
@@ -47,7 +52,8 @@ import torch
 import configs
 import sample
 from backend import use_graph
-from bench_fp8 import fp8_error, fp8_loss, fp8_on_a_gpu, fp8_quality, fp8_tiny
+from bench_cluster import cluster_of_gpus
+from bench_fp8 import fp8_error, fp8_loss, fp8_on_a_gpu, fp8_quality, fp8_tiny, moments
 from bench_mla import attention, decode
 from bench_moe import layer, moe_on_a_gpu, step
 from bench_pipeline import overlap, pipeline
@@ -328,9 +334,11 @@ def loads(options):
 
 SECTIONS = {"tiny": tiny, "char": char, "ablations": ablations, "speculation": speculation, "loads": loads,
             "attention": attention, "decode": decode, "moe": moe_on_a_gpu, "step": step, "fp8_error": fp8_error,
-            "fp8_tiny": fp8_tiny, "fp8_loss": fp8_loss, "fp8": fp8_on_a_gpu, "layer": layer,
-            "fp8_quality": fp8_quality, "pipeline": pipeline, "overlap": overlap, "memory": memory,
-            "scaling": scaling, "readme": readme}
+            "fp8_tiny": fp8_tiny, "moments": moments, "fp8_loss": fp8_loss, "fp8": fp8_on_a_gpu, "layer": layer,
+            "fp8_quality": fp8_quality, "pipeline": pipeline, "overlap": overlap, "cluster": cluster_of_gpus,
+            "memory": memory, "scaling": scaling, "readme": readme}
+OPTIONS = {"data": "FILE", "nanogpt": "DIR", "out_dir": "RUN", "seeds": "N", "repeats": "N", "parts": "A,B",
+           "shapes": "A,B", "device": "cpu"}
 
 
 def main(argv):
@@ -342,8 +350,8 @@ def main(argv):
     options = {}
     for arg in argv[1:]:
         key, equals, value = arg.removeprefix("--").partition("=")
-        if not arg.startswith("--") or not equals or key not in ("data", "nanogpt", "out_dir", "seeds", "repeats"):
-            raise UserError(f"{arg}: options are --data=FILE --nanogpt=DIR --out_dir=RUN --seeds=N --repeats=N")
+        if not arg.startswith("--") or not equals or key not in OPTIONS:
+            raise UserError(f"{arg}: options are {' '.join(f'--{name}={value}' for name, value in OPTIONS.items())}")
         if key in ("seeds", "repeats") and not (value.isdigit() and int(value)):
             raise UserError(f"{arg}: a whole number from 1 up")
         options[key] = value

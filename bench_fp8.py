@@ -1,5 +1,6 @@
 """bench.py fp8, fp8_error, fp8_tiny, fp8_loss and fp8_quality: what FP8 gains, and what it costs."""
 import math
+import os
 import shutil
 import statistics
 import subprocess
@@ -15,7 +16,21 @@ import fp8_gemm
 import fp8_tiles
 from configs import UserError
 from data import Data
-from measure import checkpoints_of, copy_rate, error, in_turn, lines, milliseconds, needs_fp8, record, seconds, train
+from measure import (
+    checkpoints_of,
+    chosen,
+    compiled_beside,
+    copy_rate,
+    error,
+    in_turn,
+    kept,
+    lines,
+    milliseconds,
+    needs_fp8,
+    record,
+    replayed_in_turn,
+    train,
+)
 from parallel import latest, read_state
 
 # --- FP8 --------------------------------------------------------------------------------------------------------------
@@ -56,21 +71,40 @@ def fp8_loss(options):
            runs=runs)
 
 
-def fp8_tiny(options):
-    """The default job with a schedule of 150 steps, in FP32 and in FP8 (the reference), the same seed and data: mean
-    training loss of the last 50 steps, and validation loss."""
-    changes, runs = ["--max_steps=150", "--decay_start=50", "--save_interval=0"], []
-    for precision in ("fp32", "fp8_reference"):
+def tiny_runs(changes, forms):
+    """The default job with `changes`, once for each of `forms`, {name: arguments}: -> (its data, {name: (train lines,
+    eval lines)}), the same seed and data."""
+    runs = {}
+    for name, form in forms.items():
         with tempfile.TemporaryDirectory() as folder:
-            train("configs/tiny.py", *changes, f"--precision={precision}", f"--out_dir={folder}/run")
-            rows, evals = lines(f"{folder}/run")
-            state = read_state(latest(f"{folder}/run"))
-        runs.append({"precision": precision, "loss": statistics.mean(r["loss"] for r in rows[-50:]),
-                     "val_loss": evals[-1]["val_loss"], "losses": checkpoints_of(rows, (50, 100, 150)),
-                     "seconds": rows[-1]["time"]})
-        print(runs[-1], flush=True)
-    record("fp8_tiny", "python bench.py fp8_tiny", changes=changes, data=state["data"], runs=runs,
+            train("configs/tiny.py", *changes, *form, f"--out_dir={folder}/run")
+            runs[name], state = lines(f"{folder}/run"), read_state(latest(f"{folder}/run"))
+    return state["data"], runs
+
+
+def fp8_tiny(options):
+    """The default job with a schedule of 150 steps, in FP32 and in FP8 (the reference): mean training loss of the last
+    50 steps, and validation loss."""
+    changes = ["--max_steps=150", "--decay_start=50", "--save_interval=0"]
+    data, done = tiny_runs(changes, {name: [f"--precision={name}"] for name in ("fp32", "fp8_reference")})
+    runs = [{"precision": name, "loss": statistics.mean(r["loss"] for r in rows[-50:]),
+             "val_loss": evals[-1]["val_loss"], "losses": checkpoints_of(rows, (50, 100, 150)),
+             "seconds": rows[-1]["time"]} for name, (rows, evals) in done.items()]
+    record("fp8_tiny", "python bench.py fp8_tiny", changes=changes, data=data, runs=runs,
            difference=runs[1]["loss"] / runs[0]["loss"] - 1)
+
+
+def moments(options, width=20):
+    """The default job with a schedule of 240 steps, with AdamW's moments in FP32 and in BF16: the training loss over
+    the steps, in means of `width`, and how far apart the two curves come."""
+    changes = ["--max_steps=240", "--decay_start=80", "--save_interval=0"]
+    data, done = tiny_runs(changes, {name: [f"--moments={name}"] for name in ("fp32", "bf16")})
+    curves = {name: [statistics.mean(r["loss"] for r in rows[at:at + width]) for at in range(0, len(rows), width)]
+              for name, (rows, _) in done.items()}
+    apart = [b / a - 1 for a, b in zip(*curves.values())]
+    record("moments", "python bench.py moments", changes=changes, data=data, width=width, curves=curves,
+           most_apart=max(apart, key=abs), end=apart[-1],
+           val_loss={name: evals[-1]["val_loss"] for name, (_, evals) in done.items()})
 
 
 V3_LINEARS = {                                # in, out: section 4.2's dims
@@ -98,7 +132,8 @@ def operands(M, N, K):
 
 def fp8_products(name, inner, outer, N=4096):
     """Fprop's product of N tokens and Wgrad's on the same FP8 operands: TFLOP/s of our kernel, cuBLASLt's and BF16's,
-    in turn; Fprop's error against float64. Wgrad is added to an FP32 gradient, which cuBLASLt does in a second pass."""
+    in turn, as CUDA graphs; Fprop's error against float64. Wgrad is added to an FP32 gradient, which cuBLASLt does in a
+    second pass."""
     x, w, a, b, _ = operands(N, outer, inner)
     y, theirs = x.new_empty(N, outer), cublas(a, b)
     exact = a[:256].dequantize().double() @ b.dequantize().double().t()
@@ -113,7 +148,7 @@ def fp8_products(name, inner, outer, N=4096):
     runs |= {"wgrad_triton": lambda: fp8_gemm.gemm_triton(columns, x_columns, dw), "wgrad_cublas": wgrad_cublas,
              "wgrad_bf16": lambda: dy @ xt.t(), "wgrad_cublas_add": lambda: dw.add_(wgrad_cublas()),
              "wgrad_triton_add": lambda: fp8_gemm.gemm_triton(columns, x_columns, dw, True)}
-    r = {run: 2 * N * outer * inner / ms / 1e9 for run, ms in in_turn(runs, rounds=3).items()}
+    r = {run: 2 * N * outer * inner / ms / 1e9 for run, ms in replayed_in_turn(runs).items()}
     against = lambda ours, theirs: f"{r[ours] / r[theirs]:.2f}x" if theirs in r else "-"
     print(f"{name}: {r['triton']:.0f} TFLOP/s, {against('triton', 'cublas')} cuBLASLt, "
           f"{against('triton', 'bf16')} BF16; gemm {r['gemm']:.0f}; Wgrad {r['wgrad_triton']:.0f}, "
@@ -124,37 +159,51 @@ def fp8_products(name, inner, outer, N=4096):
 
 
 def fp8_few(M, N, K):
-    """Microseconds of a product of M rows, L2 cold, as a CUDA graph."""
-    x, w, a, b, _ = operands(M, N, K)
-    y = x.new_empty(M, N)
-    runs = {"triton": lambda: fp8_gemm.gemm_triton(a, b, y), "cublas": cublas(a, b), "bf16": lambda: x @ w.t()}
-    out = {"M": M, "N": N, "K": K} | {name: seconds(run) * 1e6 for name, run in runs.items()}
+    """Microseconds of a product of M rows, as generation has them: in a CUDA graph one product follows the other, each
+    with a weight of its own, and no cache holds them all."""
+    layers = [operands(M, N, K)[:4] for _ in range(-(-2**28 // (N * K)))]                  # of 256 MB or more in FP8
+    y = layers[0][0].new_empty(M, N)
+    each = lambda product: [product(*layer) for layer in layers]
+    theirs = [cublas(a, b) for _, _, a, b in layers]
+    runs = {"triton": lambda: each(lambda x, w, a, b: fp8_gemm.gemm_triton(a, b, y)),
+            "cublas": lambda: [product() for product in theirs], "bf16": lambda: each(lambda x, w, a, b: x @ w.t())}
+    out = {"M": M, "N": N, "K": K} | {name: ms * 1e3 / len(layers)
+                                      for name, ms in replayed_in_turn(runs, times=1).items()}
     out["weight_tb_s"] = N * K / out["triton"] / 1e6
     print(f"{M} rows, {N} x {K}: {out['triton']:.1f} us, {out['cublas'] / out['triton']:.2f}x cuBLASLt, "
           f"{out['bf16'] / out['triton']:.2f}x BF16, weights at {out['weight_tb_s']:.2f} TB/s", flush=True)
     return out
 
 
-def fp8_linear(inner, outer, N=4096):
-    """Milliseconds of forward and backward of a Linear with an FP32 weight, quantization and casts included, the
-    weight's too: as if each micro-batch were an optimizer step."""
-    layer, out = fp8.Linear(inner, outer).cuda(), {"in": inner, "out": outer}
+def linear_step(inner, outer, recipe, N=4096):
+    """A function that runs a Linear forward and backward, N tokens, casts or quantization included, the weight's too:
+    as if each micro-batch were an optimizer step."""
+    layer = fp8.Linear(inner, outer).cuda()
     torch.nn.init.normal_(layer.weight)
+    layer.recipe = recipe
     x = torch.randn(N, inner, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     dy = torch.randn(N, outer, device="cuda", dtype=torch.bfloat16)
 
     def step():
         torch.autograd.graph.increment_version(layer.weight)
         torch.autograd.grad(layer(x), (x, layer.weight), dy)
-    for name, recipe in (("bf16", None), ("fp8", fp8.Recipe())):
-        layer.recipe = recipe
-        out[name] = milliseconds(step)
+    return step
+
+
+def fp8_linear(name, inner, outer):
+    """Milliseconds of linear_step in BF16 and FP8: replayed from a CUDA graph, the GPU's time, and launched from
+    Python, where short ones wait for the host."""
+    steps = {form: linear_step(inner, outer, recipe) for form, recipe in (("bf16", None), ("fp8", fp8.Recipe()))}
+    out = {"name": name, "in": inner, "out": outer, "launched": in_turn(steps, 3), **replayed_in_turn(steps, times=2)}
+    print(f"{name}: {inner} -> {outer}: BF16 {out['bf16']:.3f} ms, FP8 {out['fp8']:.3f}, "
+          f"{out['bf16'] / out['fp8']:.2f}x; launched {out['launched']['bf16']:.3f}, {out['launched']['fp8']:.3f}",
+          flush=True)
     return out
 
 
-def fp8_quantization(M=8192, K=7168, F=2048):
-    """Bytes read and written per second of what our kernels do in one pass, and of torch.compile of the same: of
-    RMSNorm and SwiGLU as users have it, which write BF16, and quantize that."""
+def passes(M=32768, K=7168, F=2048):
+    """{name: (bytes read and written, our kernel, torch.compile of the same or None)}: quantization, and RMSNorm and
+    SwiGLU with it; as users have these they write BF16, and quantize that."""
     x, h, w, weight, gate = (torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
                              for shape in ((M, K), (M, 2 * F), (1, M, K), (K,), (M,)))
     w = w.float()
@@ -176,7 +225,7 @@ def fp8_quantization(M=8192, K=7168, F=2048):
         return torch.nn.functional.silu(a) * b * gate[:, None]
 
     row, pair, normed, gated = (torch.compile(f, dynamic=False) for f in (rows, both, norm, swiglu))
-    passes = {
+    return {
         "rows": (3 * M * K, lambda: fp8_tiles.quantize_triton(x), lambda: row(x)),
         "rows and columns": (4 * M * K, lambda: fp8_tiles.quantize_triton(x, columns=True), lambda: pair(x)),
         "FP8 rows to columns": (2 * M * K, lambda: fp8_tiles.quantize_triton(kept, rows=False, columns=True), None),
@@ -187,9 +236,13 @@ def fp8_quantization(M=8192, K=7168, F=2048):
         "SwiGLU, rows and columns": (6 * M * F, lambda: fp8_tiles.swiglu_quantize_triton(h, gate, columns=True), None),
         "blocks": (5 * M * K, lambda: fp8_tiles.blocks_triton(w), None),
         "transpose of blocks": (2 * M * K, lambda: fp8_tiles.transpose_triton(blocks), None)}
+
+
+def fp8_quantization():
+    """Bytes read and written per second by each of `passes`, of 32,768 rows, as CUDA graphs."""
     out = {"copy": copy_rate(), "passes": {}}
-    for name, (moved, ours, theirs) in passes.items():
-        times = in_turn({"triton": ours, **({"compiled": theirs} if theirs else {})}, rounds=3)
+    for name, (moved, ours, theirs) in passes().items():
+        times = replayed_in_turn({"triton": ours, **({"compiled": theirs} if theirs else {})})
         r = out["passes"][name] = {form: moved / ms * 1e3 for form, ms in times.items()}
         print(f"{name}: {r['triton'] / 1e12:.2f} TB/s, {r['triton'] / out['copy']:.2f}x a copy"
               + (f", {r['triton'] / r['compiled']:.2f}x compiled" if theirs else ""), flush=True)
@@ -213,26 +266,49 @@ def fp8_adamw():
                                   "exp_avg_sq": torch.zeros_like(p, dtype=dtype)}
         ms, moved = milliseconds(optimizer.step), (12 + 4 * dtype.itemsize) * sum(p.numel() for p in weights)
         out[name] = {"ms": ms, "bytes_per_s": moved / ms * 1e3}
+        print(f"AdamW, {name} moments: {ms:.2f} ms, {moved / ms / 1e9:.2f} TB/s", flush=True)
     return out
 
 
-def shown(row):
-    print({key: round(v, 5) if isinstance(v, float) else v for key, v in row.items()}, flush=True)
-    return row
+SQUARES = {f"square {dim}": (dim, dim) for dim in (256, 512, 1024, 2048, 4096, 8192)}               # where FP8 pays
+FEW_ROWS = [(M, *V3_LINEARS[name][::-1]) for M in (16, 64, 128) for name in ("q_a", "gate/up", "o")]
+FP8_PARTS = {
+    "products": lambda: [fp8_products(name, *dims) for name, dims in V3_LINEARS.items()]
+    + [fp8_products("square", 8192, 8192, 8192)],
+    "few": lambda: [fp8_few(*shape) for shape in FEW_ROWS],
+    "linears": lambda: [fp8_linear(name, *dims) for name, dims in V3_LINEARS.items()],
+    "square": lambda: [fp8_linear(name, *dims) for name, dims in SQUARES.items()],
+    "adamw": fp8_adamw, "quantization": fp8_quantization}
+
+
+def fp8_prepare(part, *dims):
+    """What a part launches, once: its kernels are compiled then."""
+    if part == "quantization":
+        for _, *runs in passes().values():
+            [run() for run in runs if run]
+    elif part == "few":
+        _, _, a, b, _ = operands(*dims)
+        fp8_gemm.gemm_triton(a, b, torch.empty(dims[0], dims[1], device="cuda", dtype=torch.bfloat16))
+    elif part == "products":
+        inner, outer = dims
+        _, _, a, b, _ = operands(4096, outer, inner)
+        fp8_gemm.gemm_triton(a, b, torch.empty(4096, outer, device="cuda", dtype=torch.bfloat16))
+        _, _, a, _, b = operands(outer, inner, 4096)
+        for add in (False, True):
+            fp8_gemm.gemm_triton(a, b, torch.zeros(outer, inner, device="cuda"), add)
+    else:
+        linear_step(*dims, fp8.Recipe())()
 
 
 def fp8_on_a_gpu(options):
+    parts = chosen(options, "parts", FP8_PARTS)
     needs_fp8("fp8")
-    parts = {
-        "products": lambda: [fp8_products(name, *dims) for name, dims in V3_LINEARS.items()]
-        + [fp8_products("square", 8192, 8192, 8192)],
-        "few": lambda: [fp8_few(M, *V3_LINEARS[name][::-1]) for M in (16, 64, 128) for name in ("q_a", "gate/up", "o")],
-        "linears": lambda: [shown({"name": name, **fp8_linear(*dims)}) for name, dims in V3_LINEARS.items()],
-        "square": lambda: [shown(fp8_linear(dim, dim)) for dim in (256, 512, 1024, 2048, 4096, 8192)],  # where it pays
-        "adamw": lambda: shown(fp8_adamw()), "quantization": fp8_quantization}
-    out = {}
-    for name, measure in parts.items():
-        out[name] = measure()
+    jobs = {"products": [*V3_LINEARS.values(), (8192, 8192)], "few": FEW_ROWS[::3], "linears": V3_LINEARS.values(),
+            "square": SQUARES.values(), "quantization": [()]}
+    compiled_beside(fp8_prepare, [(part, *dims) for part in parts for dims in jobs.get(part, ())])
+    out = kept("fp8", *FP8_PARTS)
+    for part in parts:
+        out[part] = FP8_PARTS[part]()
         record("fp8", "python bench.py fp8", **out)                            # what there is, should the rest not come
 
 
@@ -248,28 +324,34 @@ def torch_sources(folder):
     return folder
 
 
-def fp8_quality(options, limit=285):
-    """configs/gpu.py, 32 sequences a step, in BF16, in BF16 with another seed (what a difference may be worth), and in
-    FP8 with moments in BF16, at the same time on one GPU: the training loss, and its mean over the last 100 steps that
-    all three have done within `limit` seconds. --data=FOLDER: other text than torch's own sources."""
+def fp8_quality(options, limit=220):
+    """configs/gpu.py, 1000 steps of 32 sequences, in BF16, in BF16 with another seed (what a difference may be worth),
+    and in FP8 with moments in BF16, at the same time, spread over the GPUs that there are: the training loss, and its
+    mean over the last 100 steps that all three have done within `limit` seconds. --data=FOLDER: other text than torch's
+    own sources."""
     needs_fp8("fp8_quality")
     jobs = {"BF16": ["--precision=bf16"], "BF16, another seed": ["--precision=bf16", "--seed=1338"],
             "FP8": ["--precision=fp8", "--moments=bf16"]}
+    count = torch.cuda.device_count()
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")
     with tempfile.TemporaryDirectory() as folder:
         data = options.get("data") or torch_sources(f"{folder}/torch")
         common = ["configs/gpu.py", f"--data={data}", "--batch_size=32", "--eval_interval=0", "--save_interval=0"]
+        identity = Data(configs.load(common)).identity                            # once, for the three to find
 
         def one(job):
             number, changes = job
             try:
-                train(*common, *changes, f"--out_dir={folder}/{number}", limit=limit, OMP_NUM_THREADS="4")
+                train(*common, *changes, f"--out_dir={folder}/{number}", limit=limit, OMP_NUM_THREADS="4",
+                      CUDA_VISIBLE_DEVICES=gpus[number % count])
             except subprocess.TimeoutExpired:
                 print(f"{' '.join(changes)}: cut off after {limit} s", flush=True)
-            return lines(f"{folder}/{number}")
+            return lines(f"{folder}/{number}") if Path(folder, str(number), "metrics.jsonl").is_file() else ([], [])
         with ThreadPoolExecutor(len(jobs)) as pool:
             done = list(pool.map(one, enumerate(jobs.values())))
-        identity = Data(configs.load(common)).identity                                         # from the cache by now
     steps, runs = min(len(rows) for rows, _ in done), []
+    if not steps:
+        raise UserError(f"bench.py fp8_quality: one of the runs has not done a step within {limit} s")
     for (name, changes), (rows, evals) in zip(jobs.items(), done):
         loss = statistics.mean(r["loss"] for r in rows[:steps][-100:])
         first = runs[0]["loss"] if runs else loss
@@ -278,4 +360,5 @@ def fp8_quality(options, limit=285):
                      "tokens_per_s": statistics.median(r["tokens_per_s"] for r in rows),
                      "curve": [round(r["loss"], 5) for r in rows[:steps]]})
         print({k: v for k, v in runs[-1].items() if k != "curve"}, flush=True)
-    record("fp8_quality", "python bench.py fp8_quality", steps=steps, data=identity, runs=runs)
+    record("fp8_quality", "python bench.py fp8_quality", steps=steps, gpus=min(count, len(jobs)), data=identity,
+           runs=runs)

@@ -1,8 +1,9 @@
 """bench.py moe, step and layer: the experts, and what a training step with them costs."""
-import multiprocessing
+import gc
+import importlib.util
 import statistics
 import time
-from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 
 import torch
 
@@ -13,16 +14,17 @@ import experts_fp8
 import fp8
 import mla
 import moe
+from bench_fp8 import V3_LINEARS, fp8_prepare
 from configs import UserError
-from measure import milliseconds, needs_fp8, record
-from model import V3, Block, arithmetic
-from train import make_optimizer
+from measure import chosen, compiled_beside, in_turn, kept, milliseconds, needs_fp8, record, replayed
+from model import V3, Block, arithmetic, hf_config
+from train import Recorded, forward_backward, make_optimizer
 
 # --- the experts on a GPU ---------------------------------------------------------------------------------------------
 
 MOE_SHAPES = {                                # tokens, experts, chosen, dim, moe_inter_dim
-    "bench_1b": (32768, 64, 6, 1024, 512), "V2-Lite": (8192, 64, 6, 2048, 1408),
-    "4 experts of V3": (32768, 4, 1, 7168, 2048)}
+    "V3": (32768, 4, 1, 7168, 2048),          # the four experts of one GPU of 64, and their rows
+    "bench_1b": (32768, 64, 6, 1024, 512), "V2-Lite": (8192, 64, 6, 2048, 1408)}
 
 
 def moe_inputs(N, E, K, D, F):
@@ -45,13 +47,14 @@ def grouped_experts(x, indices, weights, w13, w2):
 
 
 def moe_forms():
-    return {"compiled": torch.compile(grouped_experts), "Triton": experts_fp8.routed_triton,
+    return {"compiled": torch.compile(grouped_experts, dynamic=False), "Triton": experts_fp8.routed_triton,
             "Triton, FP8": lambda *inputs: experts_fp8.routed_triton(*inputs, fp8.Recipe())}
 
 
 def moe_layer(name):
     """Milliseconds of forward, and of forward and backward, and the bytes kept in between: casting and quantizing the
     weights included, as if each were an optimizer step."""
+    torch.compiler.reset()                                     # each shape compiled for itself, as the first one is
     N, E, K, D, F = MOE_SHAPES[name]
     x, indices, *rest = moe_inputs(N, E, K, D, F)
     leaves, dout = [t.requires_grad_() for t in (x, *rest)], torch.randn_like(x)
@@ -88,19 +91,20 @@ def moe_products(name, tokens=None):
     plan, w, w8 = experts.plan_triton(indices, E), w13.to(x.dtype), fp8.quantized(w13, False)
     rows, rows8 = experts.gather_triton(x, plan), experts_fp8.gather8_triton(x, plan)[0]
     packed, ends = rows[plan.pair >= 0], torch.bincount(indices.flatten(), minlength=E).cumsum(0).to(torch.int32)
-    rate = lambda run: 4 * N * K * D * F / milliseconds(run, 40) / 1e9
-    out = {"name": name,
-           "grouped_mm": rate(lambda: torch.nn.functional.grouped_mm(packed, w.transpose(1, 2), offs=ends)),
-           "bf16": rate(lambda: experts.rows_triton(rows, w, plan, False, experts.HOPPER)),
-           "fp8": rate(lambda: experts_fp8.rows8(rows8, w8, plan, x.dtype)),
-           "fp8_quantizing": rate(lambda: experts_fp8.rows8(experts_fp8.gather8_triton(x, plan)[0], w8, plan, x.dtype))}
-    if not tokens:
-        print({key: value if key == "name" else round(value) for key, value in out.items()}, flush=True)
-    return out
+    runs = {"grouped_mm": lambda: torch.nn.functional.grouped_mm(packed, w.transpose(1, 2), offs=ends),
+            "bf16": lambda: experts.rows_triton(rows, w, plan, False, experts.HOPPER),
+            "fp8": lambda: experts_fp8.rows8(rows8, w8, plan, x.dtype),
+            "fp8_quantizing": lambda: experts_fp8.rows8(experts_fp8.gather8_triton(x, plan)[0], w8, plan, x.dtype)}
+    if tokens:                                                                             # compiled, and no more
+        return [run() for run in runs.values()]
+    r = {form: 4 * N * K * D * F / ms / 1e9 for form, ms in in_turn(runs, 3).items()}
+    print(f"{name}, the first product alone: F.grouped_mm {r['grouped_mm']:.0f} TFLOP/s; " + ", ".join(
+        f"{form} {r[form]:.0f} ({r[form] / r['grouped_mm']:.2f}x)" for form in list(runs)[1:]), flush=True)
+    return {"name": name, **r}
 
 
 def moe_prepare(name, form):
-    """In a process of its own: compile what a form needs, into the caches on disk."""
+    """Compile what a form needs."""
     N, E, K, D, F = MOE_SHAPES[name]
     tokens = N if form == "compiled" else 4096                       # torch.compile compiles for a number of tokens
     x, indices, *rest = moe_inputs(tokens, E, K, D, F)
@@ -111,52 +115,106 @@ def moe_prepare(name, form):
 
 
 def moe_on_a_gpu(options):
+    names, measures = chosen(options, "shapes", MOE_SHAPES), {"products": moe_products, "layers": moe_layer}
+    parts = chosen(options, "parts", measures)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     path, why = backend.experts(device, torch.bfloat16, (128, 128))
     if path != "Triton":
         raise UserError(f"bench.py moe: a Hopper GPU with Triton is needed ({why})")
-    jobs = [(name, form) for form in moe_forms() for name in MOE_SHAPES]
-    with ProcessPoolExecutor(len(jobs), multiprocessing.get_context("spawn")) as pool:
-        list(pool.map(moe_prepare, *zip(*jobs)))
-    layers, products = [], []
-    for name in MOE_SHAPES:
-        products.append(moe_products(name))
-        layers.append(moe_layer(name))
-        record("moe", "python bench.py moe", layers=layers, products=products)
+    compiled_beside(moe_prepare, [(name, form) for form in moe_forms() for name in names])
+    rows = {part: {row["name"]: row for row in kept("moe", part).get(part, ())} for part in measures}
+    for name in names:
+        for part in parts:
+            rows[part][name] = measures[part](name)
+            record("moe", "python bench.py moe", **{part: list(done.values()) for part, done in rows.items()})
 
 
-def training_step(compiled, batch=16, steps=8):
-    """Tokens/s and peak bytes of whole training steps of configs/bench_1b.py on random tokens."""
-    c = configs.load(["configs/bench_1b.py", "--bf16_head=True"])
+# --- a training step, beside transformers' ----------------------------------------------------------------------------
+
+def our_step(c, form):
+    """-> (a function that gives the weights the gradients of tokens [B, T+1], the optimizer, what else ends an
+    optimizer step): as train.py trains a Config's model."""
     with torch.device("cuda"):
         v3 = V3(c).train()
-    for block in v3.layers if compiled else ():
-        block.compile()
-    optimizer, times = make_optimizer(c, v3.parameters()), []
-    tokens = torch.randint(c.vocab_size, (batch, c.seq_len + 1), device="cuda")
+    if form == "compiled":
+        for block in v3.layers:
+            block.compile()
+    else:
+        for p in v3.parameters():
+            p.queue = fp8.AtOnce()
+    micro_batch = Recorded(v3) if form == "graph" else partial(forward_backward, v3)
+
+    def end():
+        for gate in v3.gates():
+            gate.update_bias(c.bias_update_speed)
+    totals = [c.micro_batch_size * c.seq_len] * (c.n_mtp + 1), c.micro_batch_size
+    return lambda tokens: micro_batch(tokens, totals, c.mtp_weight), make_optimizer(c, v3.parameters()), end
+
+
+def their_step(c, form):
+    """The same of transformers' DeepseekV3, as its users train it: weights, gradients and moments in BF16, half the
+    bytes of ours, and grouped_mm for the experts."""
+    from transformers import AutoModelForCausalLM, DeepseekV3Config
+    with torch.device("cuda"):
+        model = AutoModelForCausalLM.from_config(DeepseekV3Config(**hf_config(c)), dtype=torch.bfloat16,
+                                                 experts_implementation="grouped_mm").train()
+    forward = torch.compile(model, dynamic=False) if form == "compiled" else model
+
+    def micro_batch(tokens):                                                               # the model shifts the labels
+        forward(input_ids=tokens[:, :-1], labels=tokens[:, :-1], use_cache=False).loss.backward()
+    return micro_batch, torch.optim.AdamW(model.parameters(), lr=c.lr, betas=(c.beta1, c.beta2),
+                                          weight_decay=c.weight_decay, fused=True), lambda: None
+
+
+STEPS = {                                     # the model, how it is started, what its Config changes
+    "launched": (our_step, "launched", {}), "graph": (our_step, "graph", {}), "compiled": (our_step, "compiled", {}),
+    "graph, FP8": (our_step, "graph", {"precision": "fp8", "moments": "bf16"}),
+    "transformers": (their_step, "launched", {}), "transformers, compiled": (their_step, "compiled", {})}
+
+
+def training_step(name, c, steps=8):
+    """Tokens/s and peak bytes of whole training steps of a Config's model on random tokens."""
+    make, form, changes = STEPS[name]
+    micro_batch, optimizer, end = make(c.replace(**changes), form)
+    weights, times = [p for group in optimizer.param_groups for p in group["params"]], []
+    tokens = torch.randint(c.vocab_size, (c.micro_batch_size, c.seq_len + 1 + c.n_mtp), device="cuda")
     torch.cuda.reset_peak_memory_stats()
     for _ in range(steps):
         began = time.perf_counter()
-        v3.loss(tokens, totals=([batch * c.seq_len], batch))[0].backward()
-        torch.nn.utils.clip_grad_norm_(v3.parameters(), c.grad_clip)
+        micro_batch(tokens)
+        torch.nn.utils.clip_grad_norm_(weights, c.grad_clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        end()
         torch.cuda.synchronize()
         times.append(time.perf_counter() - began)
-    out = {"compiled": compiled, "tokens": batch * c.seq_len, "peak_bytes": torch.cuda.max_memory_allocated(),
-           "tokens_per_s": batch * c.seq_len / statistics.median(times[steps // 2:])}
-    print(f"{'compiled' if compiled else 'eager'}: {out['tokens_per_s']:,.0f} tokens/s, "
-          f"{out['peak_bytes'] / 1e9:.1f} GB", flush=True)
+    size = c.micro_batch_size * c.seq_len
+    out = {"name": name, "tokens": size, "parameters": sum(p.numel() for p in weights),
+           "peak_bytes": torch.cuda.max_memory_allocated(),
+           "tokens_per_s": size / statistics.median(times[steps // 2:])}
+    print(f"{name}: {out['tokens_per_s']:,.0f} tokens/s, {out['peak_bytes'] / 1e9:.1f} GB "
+          f"(first step {times[0]:.0f} s)", flush=True)
     return out
 
 
 def step(options):
+    names = chosen(options, "parts", ["small", *STEPS])
     if not torch.cuda.is_available():
         raise UserError("bench.py step: a GPU is needed")
-    runs = []
-    for compiled in (False, True):
-        runs.append(training_step(compiled))
-        record("step", "python bench.py step", runs=runs)
+    if importlib.util.find_spec("transformers") is None:
+        print("transformers is not here to be compared with: pip install -r requirements-extra.txt", flush=True)
+        names = [name for name in names if "transformers" not in name]
+    large, small = (configs.load([f"configs/{name}.py", "--bf16_head=True"]) for name in ("bench_1b", "gpu"))
+    jobs = [("small", name, small) for name in ("launched", "graph", "graph, FP8")]
+    jobs += [("runs", name, large) for name in STEPS]
+    done = kept("step", "small", "runs")
+    for where, name, c in jobs:
+        if (name if where == "runs" else where) in names:
+            gc.collect()                                                                   # the model before
+            torch.cuda.empty_cache()
+            others = [r for r in done.get(where, ()) if r["name"] != name]
+            done[where] = [*others, training_step(name, c)]
+            record("step", "python bench.py step", **done)
 
 
 # --- one layer of V3 as one GPU of 64 has it --------------------------------------------------------------------------
@@ -222,7 +280,8 @@ class Slice(torch.nn.Module):
 
 
 def layer_in(precision, moments):
-    """A step (forward, backward, optimizer) of the Slice: milliseconds, the peak of memory, and what it is made of."""
+    """A step (forward, backward, optimizer) of the Slice: milliseconds, as a CUDA graph and launched from Python, the
+    peak of memory, and what it is made of."""
     c = configs.load(["configs/v3_671b.py", "--recompute_mla=True", f"--precision={precision}", f"--moments={moments}"])
     torch.cuda.empty_cache()
     nothing = torch.cuda.memory_allocated()
@@ -239,7 +298,7 @@ def layer_in(precision, moments):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         part.x.grad = None
-    step()
+    step()                                                                                 # compiles what is not yet
     bytes_["FP8 copies"] = size(t for p in weights if hasattr(p, "fp8") for t in (p.fp8[1].values, p.fp8[1].scale))
     bytes_["BF16 copies"] = size(p.low[1] for p in weights if hasattr(p, "low"))
     before = held()
@@ -252,9 +311,12 @@ def layer_in(precision, moments):
     torch.cuda.reset_peak_memory_stats()
     step()
     peak = torch.cuda.max_memory_allocated() - nothing - wire
-    ms = milliseconds(step, 400)
+    launched = milliseconds(step, 400)
+    for group in optimizer.param_groups:
+        group["capturable"] = True                             # torch's own AdamW wants to be told that it is recorded
+    ms = milliseconds(replayed(step), 400)
     out = {"precision": precision, "moments": moments, "parameters": sum(p.numel() for p in weights), "ms": ms,
-           "tokens_per_s": c.seq_len / ms * 1e3, "peak_bytes": peak, "bytes": bytes_}
+           "launched_ms": launched, "tokens_per_s": c.seq_len / ms * 1e3, "peak_bytes": peak, "bytes": bytes_}
     rows = part.wire[0].shape[0]
     expert = part.block.ffn.w13.numel() + part.block.ffn.w2.numel()
     products = c.seq_len * (sum(p.numel() for p in weights) - expert) + rows * expert // len(part.block.ffn.w13)
@@ -266,8 +328,21 @@ def layer_in(precision, moments):
     return out
 
 
+def layer_prepare(part, *args):
+    """Compile what a part of the Slice needs."""
+    if part == "experts":
+        return moe_prepare(*args)
+    if part == "Linear":
+        return fp8_prepare("linears", *args)
+    part = Slice(configs.load(["configs/v3_671b.py", "--precision=bf16"])).train()
+    torch.autograd.backward(part.block.attention(part.x.requires_grad_(), part.rope[:part.x.shape[1]]),
+                            (part.dy, part.dy))
+
+
 def layer(options):
     needs_fp8("layer")
+    compiled_beside(layer_prepare, [("attention",), ("experts", "V3", "Triton"), ("experts", "V3", "Triton, FP8"),
+                                    *(("Linear", *dims) for dims in V3_LINEARS.values())])
     half, eight = layer_in("bf16", "fp32"), layer_in("fp8", "bf16")
     record("layer", "python bench.py layer", runs=[half, eight], speedup=half["ms"] / eight["ms"],
            memory=eight["peak_bytes"] / half["peak_bytes"])

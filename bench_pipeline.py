@@ -1,9 +1,9 @@
 """bench.py pipeline and overlap: schedules carried out, and what a pair of chunks hides."""
 import datetime
+import itertools
 import json
 import math
 import multiprocessing
-import statistics
 import sys
 import tempfile
 import time
@@ -153,10 +153,10 @@ class Detour(moe.Sent):
 
 
 def intervals(trace):
-    """A chrome trace -> [{"stream", "what", "start", "end"} of each kernel and copy] in ms from the first."""
+    """A chrome trace -> [{"stream", "what", "name", "start", "end"} of each kernel and copy] in ms from the first."""
     events = [e for e in json.loads(Path(trace).read_text())["traceEvents"] if e.get("cat") in ("kernel", "gpu_memcpy")]
     began = min(e["ts"] for e in events)
-    return [{"stream": e["args"]["stream"], "what": e["cat"], "start": (e["ts"] - began) / 1e3,
+    return [{"stream": e["args"]["stream"], "what": e["cat"], "name": e["name"], "start": (e["ts"] - began) / 1e3,
              "end": (e["ts"] - began + e["dur"]) / 1e3} for e in sorted(events, key=lambda e: e["ts"])]
 
 
@@ -169,72 +169,125 @@ def covered(spans, by):
     return total
 
 
-def lanes(timeline):
-    """What `intervals` found -> the spans of kernels on the stream that has most of them and of copies on others, and
-    how much of these lies under those."""
-    main = Counter(e["stream"] for e in timeline if e["what"] == "kernel").most_common(1)[0][0]
+def lanes(timeline, travels, pairs):
+    """What `intervals` found of so many pairs -> the spans of kernels on the stream that works most and of what
+    `travels` on others, and how much of these lies under those: from the second pair on, for when the first one began
+    the host was not ahead."""
+    since = [e["start"] for e in timeline if travels(e)]
+    timeline, work = [e for e in timeline if e["start"] >= since[len(since) // pairs]], Counter()
+    for e in timeline:
+        work[e["stream"]] += (e["end"] - e["start"]) * (e["what"] == "kernel" and not travels(e))
+    main = work.most_common(1)[0][0]
     kernels = [(e["start"], e["end"]) for e in timeline if e["what"] == "kernel" and e["stream"] == main]
-    copies = [(e["start"], e["end"]) for e in timeline if e["what"] == "gpu_memcpy" and e["stream"] != main]
+    copies = [(e["start"], e["end"]) for e in timeline if e["stream"] != main and travels(e)]
     return {"under_kernels": covered(copies, kernels) / sum(end - start for start, end in copies),
             **{name: [[round(t, 3) for t in span] for span in joined(spans)]
                for name, spans in (("kernels", kernels), ("copies", copies))}}
 
 
-def pair(c, device, detours=(2, 3, 5, 1)):
+class Pairs:
+    """DualPipeV on one rank, of two chunks of some V3 blocks each, whose tokens go through `ranks` (a moe.ExpertRanks):
+    pairs of a forward and a backward that exchange with no stage of another rank. group: one of this rank alone."""
+    TRACED = 3                                 # pairs in a timeline
+
+    def __init__(self, c, ranks, device, group=None, microbatches=6):
+        self.size, self.microbatches, self.group = c.micro_batch_size, microbatches, group
+        self.tokens = torch.randint(c.vocab_size, (microbatches * self.size, c.seq_len + 1), device=device)
+        with device:
+            self.stages = model.stages(c, 2, [0, 1])
+        self.device = self.tokens.device
+        moe.spread(nn.ModuleList(self.stages), ranks)
+        for block in (block for s in self.stages for block in s.layers.values()):
+            block.ffn.ranks = ranks                                            # also where there is one rank
+
+    def sync(self):
+        """Nothing is left to do, here and on the other ranks."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        dist.all_reduce(torch.zeros(1))
+
+    def step(self, overlap, watch):
+        """One batch; its pairs, which follow each other without a break, are run by watch(number, run, step)."""
+        stages, tokens, number = self.stages, self.tokens, itertools.count()
+        pipe = dualpipe.DualPipe("dualpipev", stages, stages[1].criterion, stages[0].like(self.size),
+                                 self.group, overlap=overlap)
+        run = pipe.run
+        pipe.run = lambda step: watch(next(number), run, step) if step.kind == "FB" and step.mb[0] > 1 else run(step)
+        for s in stages:
+            s.begin(([tokens.numel() - len(tokens)], len(tokens)))
+            s.zero_grad()
+        pipe.step(self.microbatches, tokens, tokens)
+
+    def milliseconds(self, overlap):
+        """Mean time of a pair, in turns or one chunk after the other. The first one is not counted: the host is then
+        ahead of the GPU, as in the midst of a training step."""
+        pairs, began = 2 * (self.microbatches - 2), []
+
+        def watch(number, run, step):
+            if number == 0:
+                self.sync()
+            run(step)
+            if number == 0:
+                began.append(self.mark())
+            elif number == pairs - 1:
+                began.append(self.mark())
+                self.sync()
+
+        self.step(overlap, watch)
+        first, last = began
+        return (first.elapsed_time(last) if self.device.type == "cuda" else (last - first) * 1e3) / (pairs - 1)
+
+    def mark(self):
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def timeline(self):
+        """`intervals` of some pairs in turns, one behind the other."""
+        profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
+
+        def watch(number, run, step):
+            if number == 0:
+                profiler.start()
+                self.sync()
+            run(step)
+            if number == self.TRACED - 1:
+                self.sync()
+                profiler.stop()
+
+        self.step(True, watch)
+        with tempfile.TemporaryDirectory() as folder:
+            profiler.export_chrome_trace(f"{folder}/trace.json")
+            return intervals(f"{folder}/trace.json")
+
+
+def longest(timeline, most=10):
+    """[(name of a kernel, its ms)] of those that take longest in what `intervals` found."""
+    work = Counter()
+    for e in timeline:
+        work[e["name"]] += e["end"] - e["start"]
+    return work.most_common(most)
+
+
+def pair(c, device, detours=(3, 2, 5, 1)):
     """Yields, as they come: (ms of a pair of chunks of two blocks each whose exchanges take no time; for each number of
     detours a row: ms in turns and one after the other, and the share that turns hide; on a GPU the timeline of a pair
     in turns)."""
-    tokens, ranks = torch.randint(c.vocab_size, (4, c.seq_len + 1), device=device), moe.ExpertRanks(1, 1, 0)
-    with device:
-        stages = model.stages(c, 2, [0, 1])
-    for block in (block for s in stages for block in s.layers.values()):
-        block.ffn.ranks = ranks
-    sync = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-
-    def step(overlap, watch):
-        """One batch, its pairs run by watch(run, step)."""
-        pipe = dualpipe.DualPipe("dualpipev", stages, stages[1].criterion, stages[0].like(1), overlap=overlap)
-        run = pipe.run
-        pipe.run = lambda step: watch(run, step) if step.kind == "FB" else run(step)
-        for s in stages:
-            s.begin(([len(tokens) * c.seq_len], len(tokens)))
-            s.zero_grad()
-        pipe.step(len(tokens), tokens, tokens)
-
-    def milliseconds(overlap):
-        times = []
-
-        def watch(run, step):
-            sync()
-            began = time.perf_counter()
-            run(step)
-            sync()
-            times.append((time.perf_counter() - began) * 1e3)
-
-        step(overlap, watch)
-        return statistics.median(times)
-
-    Detour.times = 0
-    milliseconds(True)                                                         # kernels are compiled
-    without, rows, timeline = milliseconds(True), [], []
+    ranks = moe.ExpertRanks(1, 1, 0, device=torch.empty(0, device=device).device)
+    pairs, Detour.times = Pairs(c, ranks, device), 0
+    pairs.milliseconds(True)                                                   # kernels are compiled
+    without, rows, timeline = pairs.milliseconds(True), [], []
     for Detour.times in detours:
-        turns, apart = milliseconds(True), milliseconds(False)
+        turns, apart = pairs.milliseconds(True), pairs.milliseconds(False)
         rows.append({"detours": Detour.times, "in_turns_ms": turns, "one_after_the_other_ms": apart,
                      "travel_ms": apart - without, "hidden": 1 - (turns - without) / (apart - without)})
         yield without, rows, timeline
     if device.type == "cuda":
         # An exchange for each segment, half as long: what V3 has on its own cluster (cluster.py).
         Detour.times = min(rows, key=lambda row: abs(row["travel_ms"] / without - 0.5))["detours"]
-
-        def watch(run, step):
-            with torch.profiler.profile() as profiler:
-                run(step)
-                sync()
-            with tempfile.TemporaryDirectory() as folder:
-                profiler.export_chrome_trace(f"{folder}/trace.json")
-                timeline[:] = intervals(f"{folder}/trace.json")
-
-        step(True, watch)
+        timeline += pairs.timeline()
         yield without, rows, timeline
 
 
@@ -249,8 +302,10 @@ def overlap(options):
         for without, rows, timeline in pair(c, torch.device("cuda")):
             numbers = {"shape": "V3's layer with 16 experts, 4,096 tokens", "without_ms": without, "rows": rows}
             if timeline:
-                numbers["timeline"] = {"detours": Detour.times, **lanes(timeline)}
-                print(f"timeline: {numbers['timeline']['under_kernels']:.1%} of the copies under kernels", flush=True)
+                numbers["timeline"] = {"detours": Detour.times,
+                                       **lanes(timeline, lambda e: e["what"] == "gpu_memcpy", Pairs.TRACED)}
+                print(f"timeline: {numbers['timeline']['under_kernels']:.1%} of the copies under kernels; longest:",
+                      *(f"{ms:8.2f} ms {name[:100]}" for name, ms in longest(timeline)), sep="\n", flush=True)
             else:
                 print(f"{rows[-1]['travel_ms'] / without:.2f} of the arithmetic travels: {rows[-1]['hidden']:.1%} "
                       f"hidden  {rows[-1]}", flush=True)

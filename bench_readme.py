@@ -30,11 +30,63 @@ def clusters():
     return "\n".join(lines)
 
 
+def many_ranks(m):
+    """What bench.py cluster has measured, part by part."""
+    where = f"{m['gpus']} x {m['gpu']}" if m["gpu"] else f"{m['gpus']} processes of {m['cpu']}"
+    out = [f"{where}, torch {m['torch']}."]
+    if "parity" in m:
+        rows = {(r["layout"], r["precision"]): r for r in m["parity"]["rows"]}
+        cell = lambda r: f"{r['loss']:.0e} | {r['weights']:.0e} | {r['gradients']:.0e}" if r else " | | "
+        out += ["", f"| {m['parity']['steps']} steps of a small V3 against one rank | FP32: losses | weights | "
+                    "gradients of step 1 | BF16: losses | weights | gradients |", "|---|---|---|---|---|---|---|",
+                *(f"| {layout} | {cell(rows.get((layout, 'fp32')))} | {cell(rows.get((layout, 'bf16')))} |"
+                  for layout in dict.fromkeys(layout for layout, _ in rows)), "",
+                "Relative differences: of the worst step, of all weights together, of the worst gradient. Where "
+                "experts are spread, their sums are rounded to BF16 once more, and a token whose gate is near a tie "
+                "goes to another expert: one of n rows more or less changes its gradient by about 1 / sqrt(n)."]
+    if "exchange" in m:
+        e = m["exchange"]
+        out += ["", f"| what experts send, {e['tokens']:,} tokens of V3 | nodes x ranks | MB to others | ms | GB/s | "
+                    "the all-to-all alone, GB/s |", "|---|---|---|---|---|---|",
+                *(f"| {r['what']}, {r['dtype'].upper()} | {r['shape']} | {r['bytes'] / 1e6:.1f} | "
+                  f"{r['seconds'] * 1e3:.2f} | {r['bytes'] / r['seconds'] / 1e9:.0f} | "
+                  f"{r['wire_bytes'] / r['wire_seconds'] / 1e9:.0f} |" for r in e["rows"])]
+        if "link" in e:
+            out += ["", f"The link, measured with large messages: {e['link']['all_to_all'] / 1e9:.0f} GB/s a rank in "
+                        f"an all-to-all, {e['link']['send_receive'] / 1e9:.0f} from neighbour to neighbour. A dispatch "
+                        f"also learns how many rows come, copies its rows together, and sends their weights."]
+    if "overlap" in m:
+        o = m["overlap"]
+        out += ["", "| a pair of chunks, two of V3's layers each | in turns, ms | one after the other | without "
+                    "exchanges | exchanges under kernels |", "|---|---|---|---|---|",
+                *(f"| {r['precision'].upper()}, {4096 * r.get('sequences', 1):,} tokens | {r['in_turns_ms']:.1f} | "
+                  f"{r['one_after_the_other_ms']:.1f} | "
+                  f"{r['without_ms']:.1f} | " + (f"{r['under_kernels']:.0%}" if "under_kernels" in r else "") + " |"
+                  for r in o["rows"])]
+        if "timeline" in o:
+            out += ["", "![two pairs on several GPUs: arithmetic and exchanges](results/cluster.png)"]
+    if "scaling" in m:
+        share = lambda x: f"{x:.0%}" if x else ""
+        out += ["", "| model, parameters | ranks | tokens/s | MFU | of one GPU's tokens/s, each | memory of a GPU, GB "
+                    "| planned | makespan against simulated |", "|---|---|---|---|---|---|---|---|",
+                *(f"| {r['model']}, {r['parameters'] / 1e9:.2f}B | {r['layout']} | {r['tokens_per_s']:,.0f} | "
+                  f"{share(r['mfu'])} | {share(r['efficiency'])} | {r['peak_bytes'] / 1e9:.1f} | "
+                  f"{r['planned_bytes'] / 1e9:.1f} | "
+                  + (f"{r['computed'] / r['simulated'] - 1:+.1%}" if "simulated" in r else "") + " |"
+                  for r in m["scaling"]["rows"])]
+    if "restart" in m and m["restart"]["code"] == 0:
+        r = m["restart"]
+        out += ["", f"A rank killed in step 13 of 20, under `torchrun --max-restarts=1`: the job went on from "
+                    f"{r['resumed']} by itself, {r['seconds']:.0f} s in all"
+                    + (f"; the losses of all steps are one rank's to {r['loss']:.0e}." if "loss" in r else ".")]
+    return "\n".join(out)
+
+
 def tables():
     """{name of a marked place in the README: its text}, from the committed results."""
     t, c, a, d, s = load("tiny"), load("char"), load("ablations"), load("decode"), load("speculation")
     attention, low, eight, part, quality = (load(n) for n in ("attention", "fp8_loss", "fp8", "layer", "fp8_quality"))
-    p, o, small = load("pipeline"), load("overlap"), load("fp8_tiny")
+    p, o, small, bf16 = load("pipeline"), load("overlap"), load("fp8_tiny"), load("moments")
     mean = lambda runs, key: statistics.mean(r[key] for r in runs)
     spread = lambda runs, key: statistics.stdev(r[key] for r in runs) if len(runs) > 1 else 0.0
     vio = lambda runs: f"{mean(runs, 'max_vio'):.2f}" if mean(runs, "max_vio") else "-"
@@ -108,7 +160,7 @@ def tables():
             "|---|---|---|---|",
             *(f"| {name} | {', '.join(f'{x:.4f}' for x in of(key, 'loss'))} | {against(key):+.2%} | "
               f"{', '.join(f'{x:.4f}' for x in of(key, 'val_loss'))} |" for key, name in names.items())])
-    if eight and "quantization" in eight:
+    if eight and {"products", "few", "quantization"} <= eight.keys():
         ratio = lambda r, ours, theirs, what: f"{r[ours]:.0f}" + (
             f" ({r[ours] / r[theirs]:.2f}x {what})" if theirs in r else "")
         copy = eight["quantization"]["copy"]
@@ -125,11 +177,14 @@ def tables():
             *(f"| {name} | {r['triton'] / 1e12:.2f} | {r['triton'] / copy:.2f}x | "
               + (f"{r['triton'] / r['compiled']:.2f}x" if "compiled" in r else "") + " |"
               for name, r in eight["quantization"]["passes"].items())])
-    if eight and "adamw" in eight:
-        row = lambda what, r: f"| {what} | {r['bf16']:.3f} | {r['fp8']:.3f} | {r['bf16'] / r['fp8']:.2f}x |"
-        every = {key: sum(r[key] for r in eight["linears"]) for key in ("bf16", "fp8")}
+    if eight and {"linears", "square", "adamw"} <= eight.keys():
+        cells = lambda r: f"{r['bf16']:.3f} | {r['fp8']:.3f} | {r['bf16'] / r['fp8']:.2f}x"
+        row = lambda what, r: f"| {what} | {cells(r)} | {cells(r['launched'])} |"
+        total = lambda rows: {key: sum(r[key] for r in rows) for key in ("bf16", "fp8")}
+        every = total(eight["linears"]) | {"launched": total([r["launched"] for r in eight["linears"]])}
         out["fp8_linears"] = "\n".join([
-            "| Linear: in, out | BF16, ms | FP8, ms | speed |", "|---|---|---|---|",
+            "| Linear: in, out | BF16, ms | FP8, ms | speed | launched: BF16 | FP8 | speed |",
+            "|---|---|---|---|---|---|---|",
             *(row(f"{r['name']}: {r['in']}, {r['out']}", r) for r in eight["linears"]), row("together", every),
             *(row(f"{r['in']}, {r['out']}", r) for r in eight["square"]), "",
             f"{eight['gpu']}. AdamW, bytes read and written per second: " + "; ".join(
@@ -141,6 +196,7 @@ def tables():
         out["layer"] = "\n".join([
             line("", lambda r: f"{r['precision'].upper()}, {r['moments'].upper()} moments"), "|---|---|---|",
             line("ms a step, 4096 tokens", lambda r: f"{r['ms']:.1f}"),
+            line("... launched from Python", lambda r: f"{r['launched_ms']:.1f}"),
             line("tokens/s", lambda r: f"{r['tokens_per_s']:,.0f}"),
             line("TFLOP/s of the model", lambda r: f"{r['tflops']:.0f}"),
             line("GPU hours per trillion tokens", lambda r: f"{r['gpu_hours_per_trillion_tokens'] / 1e3:.0f}K"),
@@ -154,15 +210,23 @@ def tables():
             *(f"| {r['name']} | {r['loss']:.4f} | {r['difference']:+.2%} | "
               + (f"{r['val_loss']:.4f}" if r["val_loss"] else "-") + f" | {r['tokens_per_s']:,.0f} |"
               for r in quality["runs"]), "",
-            f"{quality['gpu']}, the three at once, {quality['steps']} steps of 32 sequences.", "",
+            f"{quality['gpus']} x {quality['gpu']}, the three at once, {quality['steps']} steps of 32 sequences.", "",
             "![loss in BF16 and FP8, and their distance](results/fp8_quality.png)"])
     if small:
         whole, low8 = small["runs"]
         out["fp8_tiny"] = (
             f"The default job, cut to 150 steps: {whole['loss']:.4f} nats per token in FP32 and {low8['loss']:.4f} in "
             f"FP8 ({small['difference']:+.2%}), training loss of the last 50 steps.")
+    if bf16:
+        out["moments"] = (
+            f"The default job, cut to {bf16['width'] * len(bf16['curves']['fp32'])} steps, on a CPU: with BF16 moments "
+            f"the training loss, in means of {bf16['width']} steps, is never more than {abs(bf16['most_apart']):.2%} "
+            f"from that with FP32 ones, and {bf16['end']:+.2%} at the end.")
+    if m := load("cluster"):
+        out["many"] = many_ranks(m)
+    out.setdefault("many", "(Not measured yet: `python bench.py cluster`.)")
     for place, section in {"fp8_kernels": "fp8", "fp8_linears": "fp8", "layer": "layer", "fp8_quality": "fp8_quality",
-                           "fp8_tiny": "fp8_tiny"}.items():
+                           "fp8_tiny": "fp8_tiny", "step": "step"}.items():
         out.setdefault(place, f"(Not measured yet: `python bench.py {section}`.)")
     if p:
         cell = lambda r: "" if r is None else f"{min(r['measured']):.2f}" + (
@@ -201,11 +265,23 @@ def tables():
             *(f"| {r['name']} | {r['grouped_mm']:.0f} | {r['bf16']:.0f} | {r['fp8']:.0f} | {r['fp8_quantizing']:.0f} |"
               for r in m["products"]), "", f"{m['gpu']}, {m['torch']}; casting and quantizing the weights included."])
     if m := load("step"):
+        ours = {"launched": "launched one by one", "graph": "as a CUDA graph, `train.py`'s way", "graph, FP8":
+                "as a CUDA graph, `--precision=fp8 --moments=bf16`", "compiled": "`--compile=True`", "transformers":
+                "transformers, grouped_mm", "transformers, compiled": "transformers, grouped_mm, torch.compile"}
+        best = max((r["tokens_per_s"] for r in m["runs"] if "transformers" in r["name"]), default=None)
         out["step"] = "\n".join([
-            "| a training step of config/bench_1b.py | tokens/s | peak memory, GB |", "|---|---|---|",
-            *(f"| {'--compile=True' if r['compiled'] else 'eager'} | {r['tokens_per_s']:,.0f} | "
-              f"{r['peak_bytes'] / 1e9:.1f} |" for r in m["runs"]), "",
-            f"{m['gpu']}, {m['runs'][0]['tokens']:,} tokens."])
+            "| a training step of config/bench_1b.py | tokens/s | against transformers' best | peak memory, GB |",
+            "|---|---|---|---|",
+            *(f"| {ours[r['name']]} | {r['tokens_per_s']:,.0f} | "
+              f"{'%.2fx' % (r['tokens_per_s'] / best) if best else '-'} | {r['peak_bytes'] / 1e9:.1f} |"
+              for r in m["runs"]), "",
+            f"{m['gpu']}, {m['runs'][0]['tokens']:,} tokens. Ours keeps FP32 weights, gradients and, where nothing is "
+            f"said, moments; transformers was given BF16 for all of them, half the bytes."])
+        if small := {r["name"]: r["tokens_per_s"] for r in m.get("small", ())}:
+            out["step"] += (
+                f"\n\nThe same of `config/gpu.py`, whose kernels are short: {small['launched']:,.0f} tokens/s "
+                f"launched, {small['graph']:,.0f} as a graph ({small['graph'] / small['launched']:.2f}x), "
+                f"{small['graph, FP8']:,.0f} of them in FP8, which costs more than it brings at 512 dims.")
     held = [(layout, max(layout["rows"], key=lambda row: sum(real for real, _ in row.values())), file)
             for file in ("memory", "memory_gpu") if (m := load(file)) for layout in m["layouts"]]
     if held:
@@ -274,6 +350,16 @@ def draw_loads(pyplot):
     figure.savefig(RESULTS / "loads.png", dpi=110)
 
 
+def draw_pairs(pyplot, timeline, title, name):
+    """results/NAME: when there was arithmetic, and when an exchange."""
+    figure, axes = pyplot.subplots(figsize=(8, 1.6))
+    for row, (what, color) in enumerate((("kernels", "tab:blue"), ("copies", "tab:orange"))):
+        axes.broken_barh([(start, end - start) for start, end in timeline[what]], (0.6 - row, 0.8), color=color)
+    axes.set(yticks=[1, 0], yticklabels=["arithmetic", "exchanges"], xlabel="ms", title=title)
+    figure.tight_layout()
+    figure.savefig(RESULTS / name, dpi=110)
+
+
 def readme(options):
     path = HERE / "README.md"
     write_atomic(path, fill(path.read_text(encoding="utf-8")))
@@ -310,14 +396,10 @@ def readme(options):
     call(["dualpipe.py", f"--png={RESULTS / 'dualpipe.png'}"], HERE)
 
     if "timeline" in (o := load("overlap") or {}):
-        figure, axes = pyplot.subplots(figsize=(8, 1.6))
-        for row, (name, color) in enumerate((("kernels", "tab:blue"), ("copies", "tab:orange"))):
-            axes.broken_barh([(start, end - start) for start, end in o["timeline"][name]], (0.6 - row, 0.8),
-                             color=color)
-        axes.set(yticks=[1, 0], yticklabels=["arithmetic", "exchanges"], xlabel="ms",
-                 title="a forward and a backward chunk in turns")
-        figure.tight_layout()
-        figure.savefig(RESULTS / "overlap.png", dpi=110)
+        draw_pairs(pyplot, o["timeline"], "a forward and a backward chunk in turns", "overlap.png")
+    if "timeline" in (o := (load("cluster") or {}).get("overlap", {})):
+        draw_pairs(pyplot, o["timeline"], f"pairs of chunks on several GPUs, {o['timeline']['precision'].upper()}",
+                   "cluster.png")
 
     figure, axes = pyplot.subplots(figsize=(6, 3))
     errors = load("fp8_error")["errors"]

@@ -206,15 +206,16 @@ def source(kind, ranks, rank, part, dir):
 # --- the simulation ---------------------------------------------------------------------------------------------------
 
 def simulate(kind, lists, F=1.0, B=2.0, W=1.0, FB=None, p2p=0.0):
-    """Run the lists of all ranks, in order, each step as soon as what it needs has arrived. Durations in any one unit;
-    FB None: F + B. A pair is atomic: both of its results are there at its end.
+    """Run the lists of all ranks, in order, each step as soon as what it needs has arrived. Durations in any one unit,
+    the same for all ranks or a list; FB None: F + B. A pair is atomic: both of its results are there at its end.
 
     -> {"makespan", "bubble" (largest of the ranks), "bubbles" (makespan less what the rank works), "peak_activations"
     (stage inputs held at once, from the start of their F to the end of their B or W), "steps": per rank [{"rank",
     "kind", "dir", "mb", "start", "end"}]}. RuntimeError if the lists wait for each other.
     """
     ranks = len(lists)
-    duration = {"F": F, "B": B, "I": B - W, "W": W, "FB": F + B if FB is None else FB}
+    each = zip(*(d if isinstance(d, list) else [d] * ranks for d in (F, B, W, FB)))
+    duration = [{"F": f, "B": b, "I": b - w, "W": w, "FB": f + b if fb is None else fb} for f, b, w, fb in each]
     done = {}                                                           # (rank, F or B, dir, mb) -> when it was ready
     times = [[] for _ in lists]
 
@@ -239,7 +240,7 @@ def simulate(kind, lists, F=1.0, B=2.0, W=1.0, FB=None, p2p=0.0):
                 if None in needs:
                     break
                 start = max(*needs, times[rank][-1][1] if times[rank] else 0.0)
-                end = start + duration[step.kind]
+                end = start + duration[rank][step.kind]
                 done.update({(rank, GIVES[part], dir, mb): end for part, dir, mb in step.parts if part in GIVES})
                 times[rank].append((start, end))
                 progress = True
@@ -248,7 +249,7 @@ def simulate(kind, lists, F=1.0, B=2.0, W=1.0, FB=None, p2p=0.0):
         raise RuntimeError(f"the schedule waits for itself: {'; '.join(stuck)}")
 
     makespan = max(end for t in times for _, end in t)
-    bubbles = [makespan - sum(duration[step.kind] for step in steps) for steps in lists]
+    bubbles = [makespan - sum(duration[rank][step.kind] for step in steps) for rank, steps in enumerate(lists)]
     return {"makespan": makespan, "bubble": max(bubbles), "bubbles": bubbles,
             "peak_activations": [peak_activations(steps) for steps in lists],
             "steps": [[{"rank": rank, **step._asdict(), "start": start, "end": end}
@@ -423,6 +424,11 @@ class DualPipe:
         self.owned = [p for p in trained(self.stages if kind == "dualpipev" else self.stages[:1])
                       if id(p) not in elsewhere]
         self.overlap = overlap
+        # NCCL connects a group, and two ranks of it, when all that it concerns first ask for it, and holds up the host
+        # until then. So now: in the midst of a step one might ask for what the other only asks for later.
+        peers = [peer for peer in (self.rank - 1, self.rank + 1) if 0 <= peer < self.ranks]
+        self.complete([dist.P2POp(op, like.new_zeros(1), group=self.group, group_peer=peer) for peer in peers
+                       for op in (dist.isend, dist.irecv)], " or ".join(map(str, peers)))
         self.plans = {}                                          # (micro-batches, training) -> (steps, exchanges)
 
     def step(self, microbatches, inputs=None, labels=None):
@@ -486,11 +492,15 @@ class DualPipe:
         other = [torch.empty_like(t) for t in tensors]
         ops = [dist.P2POp(op, t, group=self.group, group_peer=self.ranks - 1 - self.rank, tag=tag)
                for tag, pair in enumerate(zip(tensors, other)) for op, t in zip((dist.isend, dist.irecv), pair)]
-        with self.reaching(self.ranks - 1 - self.rank):
-            for work in dist.batch_isend_irecv(ops) if ops else ():
-                work.wait()
+        self.complete(ops, self.ranks - 1 - self.rank)
         for mine, theirs in zip(tensors, other):
             mine += theirs
+
+    def complete(self, ops, peer):
+        """Send and receive as one batch, and wait for it."""
+        with self.reaching(peer):
+            for work in dist.batch_isend_irecv(ops) if ops else ():
+                work.wait()
 
     def micro_batch(self, name, dir, mb):
         """Micro-batch mb of direction dir of the batch's "inputs" or "labels"."""
@@ -531,15 +541,19 @@ class DualPipe:
 
     def backward(self, part, dir, mb):
         """From a chunk's last segment to its first. The W's wait in `late`: in an I for their own step, in a B until
-        something travels. (Without cuts nothing does, and each dW is computed in its place.)"""
+        something travels, every second one until the other chunk's segment is over too: then it has sent its own tokens
+        the earlier, and they as well have a W to hide behind. (Without cuts nothing travels, and each dW is computed in
+        its place.)"""
         x, roots, one, cuts = self.held.pop((dir, mb))
-        late = deque()
+        late = []
         queue = late if part == "I" or cuts else None
         self.differentiate(roots, [self.arrived.pop(("B", dir, mb), None), one], queue)
         while cuts:
             if part == "B":
-                self.work_off(late)
+                self.work_off(late, step=2)
             yield
+            if part == "B":
+                self.work_off(late)
             places, caught = cuts.pop()
             self.differentiate(places, [grads[0] if grads else None for grads in caught], queue)
         self.give("B", dir, mb, x.grad)
@@ -553,9 +567,10 @@ class DualPipe:
         yield from ()                                                            # a generator, as the other two
 
     @torch.no_grad()
-    def work_off(self, late):
-        while late:
-            late.popleft()()
+    def work_off(self, late, step=1):
+        """Compute what was put off, or every second of it, from the last; what a dW needs is free when it is done."""
+        for i in range(len(late) - 1, -1, -step):
+            late.pop(i)()
 
     def differentiate(self, ends, grads, queue):
         """The backward of a segment from those ends that have a gradient; each dW goes to `queue`, or with None to its

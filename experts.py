@@ -268,7 +268,7 @@ class Tiles:
     deep: int = 64                            # of the contraction at a time
     warps: int = 8
     stages: int = 3
-    group: int = 8
+    group: int = 16                           # tiles of rows that walk over all columns together
 
 
 HOPPER, SMALL = Tiles(), Tiles(16, 16, 16, 16, 16, 4, 1)

@@ -24,7 +24,7 @@ if backend.has_triton():
 
     from experts import tile_of
     from fp8_gemm import load_tile, store_tile
-    from fp8_tiles import scale_of, to_e4m3
+    from fp8_tiles import largest, neighbours, scale_of, sigmoid, tile_at, to_e4m3, turned
 
 
 # --- in FP8 -----------------------------------------------------------------------------------------------------------
@@ -35,30 +35,34 @@ if backend.has_triton():
     @triton.jit
     def gather8_kernel(x, x_scale, pair, expert, row, row_scale, column, column_scale, N, R, D: tl.constexpr,
                        K: tl.constexpr, QUANTIZED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-                       BLOCK_M: tl.constexpr):
-        """BLOCK_M x 128 of the rows of x, plain or QUANTIZED in 1x128 tiles: written in 1x128 tiles and (BLOCK_M = 128)
-        transposed in 128x1 tiles. Rows that are nobody's are zeros."""
-        if tl.load(expert + tl.program_id(0) * BLOCK_M // 128) >= 0:
-            r, d = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), tl.program_id(1) * 128 + tl.arange(0, 128)
+                       BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, APART: tl.constexpr):
+        """fp8_tiles.quantize_kernel of the rows of x, plain or QUANTIZED in 1x128 tiles. Rows that are nobody's are
+        zeros."""
+        i, j = tile_at(R // BLOCK_M, tl.cdiv(D, BLOCK_D), COLUMNS)
+        if tl.load(expert + i * BLOCK_M // 128) >= 0:
+            order = neighbours(BLOCK_M, APART) if COLUMNS else tl.arange(0, BLOCK_M)
+            r, d = i * BLOCK_M + order, j * BLOCK_D + tl.arange(0, BLOCK_D)
             p = tl.load(pair + r)
             n, inside = (p // K).to(tl.int64), (p >= 0)[:, None] & (d < D)[None, :]
             tile = tl.load(x + n[:, None] * D + d[None, :], mask=inside, other=0.0)
             if QUANTIZED:
-                scale = tl.load(x_scale + tl.program_id(1) * N + n, mask=p >= 0, other=0.0)
+                scale = tl.load(x_scale + (j * BLOCK_D // 128).to(tl.int64) * N + n, mask=p >= 0, other=0.0)
             else:
                 tile = tile.to(tl.float32)
-                scale = scale_of(tl.max(tl.where(tile == tile, tl.abs(tile), float("inf")), 1), False)
+                if ROWS:
+                    scale = scale_of(largest(tile, 1), False)
             r, there = r.to(tl.int64), (d < D)[None, :]
             if ROWS:
-                tl.store(row_scale + tl.program_id(1).to(tl.int64) * R + r, scale)
+                tl.store(row_scale + j.to(tl.int64) * R + r, scale)
                 values = tile if QUANTIZED else to_e4m3(tile, scale[:, None])
                 tl.store(row + r[:, None] * D + d[None, :], values, mask=there)
             if COLUMNS:
                 tile = tile.to(tl.float32) * scale[:, None] if QUANTIZED else tile
-                scale = scale_of(tl.max(tl.where(tile == tile, tl.abs(tile), float("inf")), 0), False)
-                tl.store(column_scale + tl.program_id(0).to(tl.int64) * D + d, scale, mask=d < D)
-                tl.store(column + d.to(tl.int64)[:, None] * R + r[None, :], to_e4m3(tile, scale[None, :]).T,
-                         mask=(d < D)[:, None])
+                scale = scale_of(largest(tile, 0), False)
+                tl.store(column_scale + i.to(tl.int64) * D + d, scale, mask=d < D)
+                r = i.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+                tl.store(column + d.to(tl.int64)[:, None] * R + r[None, :],
+                         turned(to_e4m3(tile, scale[None, :]), BLOCK_M, APART), mask=(d < D)[:, None])
 
     @triton.jit
     def rows8_kernel(a, a_scale, w, w_scale, w_scale_e, w_scale_n, w_scale_k, expert, y, R, N: tl.constexpr,
@@ -90,7 +94,7 @@ if backend.has_triton():
                 store8(gate, h8 + at, h8_scale + tl.program_id(1) * R + r, inside)
                 store8(up, h8 + at + F, h8_scale + (tiles + tl.program_id(1)) * R + r, inside)
             weight = tl.load(weights + p, mask=p >= 0, other=0.0)
-            store8(gate * tl.sigmoid(gate) * up * weight[:, None], a + r[:, None] * F + f[None, :],
+            store8(gate * sigmoid(gate) * up * weight[:, None], a + r[:, None] * F + f[None, :],
                    a_scale + tl.program_id(1) * R + r, inside)
 
     @triton.jit
@@ -100,47 +104,49 @@ if backend.has_triton():
     @triton.jit
     def store8(tile, to, to_scale, inside):
         """A tile of float32 in 1x128 tiles."""
-        scale = scale_of(tl.max(tl.where(tile == tile, tl.abs(tile), float("inf")), 1), False)
+        scale = scale_of(largest(tile, 1), False)
         tl.store(to_scale, scale)
         tl.store(to, to_e4m3(tile, scale[:, None]), mask=inside)
 
     @triton.jit
-    def store8_turned(tile, to, to_scale, inside):
-        """A tile of float32, transposed, in 128x1 tiles."""
-        scale = scale_of(tl.max(tl.where(tile == tile, tl.abs(tile), float("inf")), 0), False)
+    def store8_turned(tile, to, to_scale, inside, APART: tl.constexpr):
+        """A tile of 128 rows of float32, transposed, in 128x1 tiles."""
+        scale = scale_of(largest(tile, 0), False)
         tl.store(to_scale, scale, mask=inside)
-        tl.store(to, to_e4m3(tile, scale[None, :]).T, mask=inside[:, None])
+        tl.store(to, turned(to_e4m3(tile, scale[None, :]), 128, APART), mask=inside[:, None])
 
     @triton.jit
     def act8_grad_kernel(da, h8, h8_scale, pair, expert, weights, dh, dh_scale, dh_turned, dh_turned_scale, a_turned,
-                         a_turned_scale, dweight, R, F: tl.constexpr):
+                         a_turned_scale, dweight, R, F: tl.constexpr, APART: tl.constexpr):
         """128 x 128 of the SwiGLU's backward: from da and the kept h, dh in 1x128 and 128x1 tiles, a in 128x1 tiles,
         and this tile's part of the gate weights' gradient."""
         i, j = tl.program_id(0), tl.program_id(1)
         if tl.load(expert + i) >= 0:
-            r, f = i * 128 + tl.arange(0, 128), j * 128 + tl.arange(0, 128)
+            r, f = i * 128 + neighbours(128, APART), j * 128 + tl.arange(0, 128)
             p = tl.load(pair + r)
             weight = tl.load(weights + p, mask=p >= 0, other=0.0)[:, None]
             r, there, inside, tiles = r.to(tl.int64), f < F, (f < F)[None, :], tl.cdiv(F, 128)
-            at, turned = r[:, None] * (2 * F) + f[None, :], f.to(tl.int64)[:, None] * R + r[None, :]
+            at = r[:, None] * (2 * F) + f[None, :]
+            across = f.to(tl.int64)[:, None] * R + (i * 128 + tl.arange(0, 128))[None, :]
             g, u = h8_scale + j * R + r, h8_scale + (tiles + j) * R + r
             # Each part reads its inputs anew, from the nearest cache: for all at once there are not registers enough.
             gate, up = load8(h8 + at, g, inside), load8(h8 + at + F, u, inside)
-            a = gate * tl.sigmoid(gate) * up
+            a = gate * sigmoid(gate) * up
             d = tl.load(da + r[:, None] * F + f[None, :], mask=inside, other=0.0).to(tl.float32)
             tl.store(dweight + j * R + r, tl.sum(d * a, 1))
-            store8_turned(a * weight, a_turned + turned, a_turned_scale + i * F + f, there)
+            store8_turned(a * weight, a_turned + across, a_turned_scale + i * F + f, there, APART)
             gate = load8(h8 + at, g, inside)
             d = tl.load(da + r[:, None] * F + f[None, :], mask=inside, other=0.0).to(tl.float32) * weight
-            d = d * (gate * tl.sigmoid(gate))
+            d = d * (gate * sigmoid(gate))
             store8(d, dh + at + F, dh_scale + (tiles + j) * R + r, inside)
-            store8_turned(d, dh_turned + F * R.to(tl.int64) + turned, dh_turned_scale + i * (2 * F) + F + f, there)
+            store8_turned(d, dh_turned + F * R.to(tl.int64) + across, dh_turned_scale + i * (2 * F) + F + f, there,
+                          APART)
             gate, up = load8(h8 + at, g, inside), load8(h8 + at + F, u, inside)
             d = tl.load(da + r[:, None] * F + f[None, :], mask=inside, other=0.0).to(tl.float32) * weight
-            s = tl.sigmoid(gate)
+            s = sigmoid(gate)
             d = d * up * (s + gate * s * (1 - s))
             store8(d, dh + at, dh_scale + j * R + r, inside)
-            store8_turned(d, dh_turned + turned, dh_turned_scale + i * (2 * F) + f, there)
+            store8_turned(d, dh_turned + across, dh_turned_scale + i * (2 * F) + f, there, APART)
 
     @triton.jit
     def weight_grad8_kernel(left, left_scale, right, right_scale, start, dw, M: tl.constexpr, N: tl.constexpr,
@@ -315,12 +321,13 @@ def gather8_triton(x, plan, rows=True, columns=False):
     q = isinstance(x, Quantized)
     (N, D), R, K = (x.values if q else x).shape, len(plan.pair), plan.row.shape[1]
     x, x_scale = (x.values, x.scale) if q else (x, x)
-    k, BLOCK_M = triton.cdiv(D, BLOCK), BLOCK if columns else 32
-    row = (empty(R, D, device=x.device), scales(k, R, x)) if rows else None
+    BLOCK_M, BLOCK_D, warps = BLOCK if columns else 32, BLOCK if rows else 64, 8 if rows and columns else 4
+    row = (empty(R, D, device=x.device), scales(triton.cdiv(D, BLOCK), R, x)) if rows else None
     column = (empty(D, R, device=x.device), scales(R // BLOCK, D, x)) if columns else None
-    to, turned = row or column, column or row                             # what is not asked for is not written
-    gather8_kernel[R // BLOCK_M, k](x, x_scale, plan.pair, plan.expert, *to, *turned, N, R, D, K, q, rows, columns,
-                                    BLOCK_M, num_warps=8 if columns else 4)
+    a, b = row or column, column or row                                   # what is not asked for is not written
+    gather8_kernel[R // BLOCK_M * triton.cdiv(D, BLOCK_D),](
+        x, x_scale, plan.pair, plan.expert, *a, *b, N, R, D, K, q, rows, columns, BLOCK_M, BLOCK_D,
+        warps * 32 * 16 // (BLOCK_D * x.element_size()), num_warps=warps)
     return row, column
 
 
@@ -352,7 +359,7 @@ def act8_grad_triton(da, h8, weights, plan):
     a_turned = empty(F, R, device=da.device), scales(R // BLOCK, F, da)
     part = scales(tiles, R, da)
     act8_grad_kernel[R // BLOCK, tiles](da, *h8, plan.pair, plan.expert, weights, *dh, *dh_turned, *a_turned, part, R,
-                                        F, num_warps=16)
+                                        F, 32 // da.element_size(), num_warps=8)
     return dh, dh_turned, a_turned, weights_grad(part, plan)
 
 

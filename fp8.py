@@ -53,7 +53,6 @@ from fp8_tiles import (
     E5M6,
     Format,
     Quantized,
-    e5m6,
     quantize,
     quantize_blocks,
     quantize_both,
@@ -130,16 +129,20 @@ class AtOnce:
 class Products(torch.autograd.Function):
     """y_r = W_e x_r for the rows r of expert e (figure 6), rows sorted by expert.
 
-    x [R, in], weight float32 [E, out, in], or [out, in] for one expert with all the rows, ends: for each expert the
-    end of its rows -> [R, out] in x's dtype. swiglu: x is [R, 2 in], and its SwiGLU, times the rows' gate weights [R]
-    if they are given, is multiplied; x is what is kept, and the SwiGLU made again in backward.
+    x [..., in] with R rows, weight float32 [E, out, in], or [out, in] for one expert with all the rows, ends: for each
+    expert the end of its rows -> [..., out] in x's dtype. swiglu: x is [..., 2 in], and its SwiGLU, times the rows'
+    gate weights [R] if they are given, is multiplied; x is what is kept, and the SwiGLU made again in backward.
     """
 
     @staticmethod
     def forward(ctx, x, weight, ends, recipe, swiglu=False, gate=None):
+        # Made here and not seen from outside as a view of rows: RoPE turns it in place, and for a view autograd would
+        # copy its gradient twice.
+        out = x.new_empty(*x.shape[:-1], weight.shape[-2])
+        x, y = x.flatten(0, -2), out.flatten(0, -2)
         a = quantize_swiglu(x, gate, recipe.pow2, recipe.reference) if swiglu else \
             quantize(x, recipe.pow2, recipe.reference)
-        w, y = quantized(weight, recipe.reference), x.new_empty(len(x), weight.shape[-2])
+        w = quantized(weight, recipe.reference)
         for e, rows in busy(ends):
             gemm(a[rows], w[e], y[rows], recipe.reference)
         if any(ctx.needs_input_grad):
@@ -150,14 +153,15 @@ class Products(torch.autograd.Function):
                 ctx.save_for_backward(a.values, a.scale, gate)
             # The W of this forward pass, and the parameter itself, on which a queue may hang.
             ctx.w, ctx.weight, ctx.ends, ctx.recipe, ctx.swiglu = w, weight, ends, recipe, swiglu
-        return y
+        return out
 
     @staticmethod
     def backward(ctx, dy):
         values, scale, gate = ctx.saved_tensors
         weight, ends, recipe, swiglu, dgate = ctx.weight, ctx.ends, ctx.recipe, ctx.swiglu, None
-        x = e5m6(values, recipe.reference) if scale is None else Quantized(values, scale)
-        dy_columns, dx = {}, dy.new_empty(len(dy), weight.shape[-1])
+        x = values if scale is None else Quantized(values, scale)
+        lead, dy, dy_columns = dy.shape[:-1], dy.flatten(0, -2), {}
+        dx = dy.new_empty(len(dy), weight.shape[-1])
         w = transpose(ctx.w, recipe.reference)
         for e, rows in busy(ends):
             dy8, dy_columns[e] = quantize_both(dy[rows], recipe.reference)
@@ -166,12 +170,13 @@ class Products(torch.autograd.Function):
         if swiglu:
             dx, dgate = swiglu_backward(x, dx, gate, recipe.reference)
         dw = lambda grad=None: wgrad(weight, dy_columns, x, ends, recipe, swiglu, gate, grad)
-        return dx, weight_gradient(weight, dw, adds=True), None, None, None, dgate
+        return dx.unflatten(0, lead), weight_gradient(weight, dw, adds=True), None, None, None, dgate
 
 
 def wgrad(weight, dy_columns, x, ends, recipe, swiglu=False, gate=None, grad=None):
-    """Wgrad, dW_e = dy_e^T a_e: dy_columns {busy expert: Quantized [out, its rows]}, x Quantized, in 1x128 tiles, is a,
-    or what its SwiGLU is made of -> float32, of the weight's shape, added to `grad` if that is given."""
+    """Wgrad, dW_e = dy_e^T a_e: dy_columns {busy expert: Quantized [out, its rows]}; x, as it was kept, Quantized in
+    1x128 tiles or (E5M6) plain, is a, or what its SwiGLU is made of -> float32, of the weight's shape, added to `grad`
+    if that is given."""
     add = grad is not None
     if not add:                                                     # zero for an idle expert, written for the others
         grad = (torch.empty_like if len(dy_columns) == len(ends) else torch.zeros_like)(weight)
@@ -179,7 +184,7 @@ def wgrad(weight, dy_columns, x, ends, recipe, swiglu=False, gate=None, grad=Non
     for e, rows in busy(ends):
         own = None if gate is None else gate[rows]
         columns = quantize_swiglu_columns(x[rows], own, recipe.pow2, recipe.reference) \
-            if swiglu else quantize_columns(x[rows], recipe.pow2, recipe.reference)           # [in, its rows]
+            if swiglu else quantize_columns(x[rows], recipe.kept, recipe.reference)           # [in, its rows]
         gemm(dy_columns[e], columns, stack[e], recipe.reference, add)
     return grad
 
@@ -192,21 +197,53 @@ def linear_torch(x, weight, dtype=None):
     return F.linear(x.to(dtype), weight.to(dtype))
 
 
+def parts(x):
+    """float32 -> three tensors of BF16, 8 of its 24 bits each, that add up to it."""
+    out = []
+    for _ in range(3):
+        out.append(x.to(torch.bfloat16))
+        x = x - out[-1]
+    return out
+
+
+def mm(a, b, dtype):
+    """a b for BF16 a, b, as the tensor cores sum it up, in float32, and returned in `dtype`."""
+    return torch.mm(a, b, out_dtype=dtype) if a.is_cuda else (a.float() @ b.float()).to(dtype)
+
+
 class Product(torch.autograd.Function):
     """linear_torch, with a Wgrad that can be put off. Kept are x and the weight themselves, whichever dtype the product
-    has: a copy would wait with every micro-batch that a pipeline has under way."""
+    has: a copy would wait with every micro-batch that a pipeline has under way.
+
+    A product in float32 of BF16 x, the gate's, would keep the tensor cores idle: they multiply BF16. In `parts` a
+    float32 factor is three BF16 ones, and of three products of them only the tensor cores' sums are less exact than
+    float32. dx, which is rounded to BF16 afterwards, makes do with 16 bits of its factors.
+    """
 
     @staticmethod
     def forward(ctx, x, weight, dtype=None):
+        ctx.split = backend.multiply_in_parts(x, dtype)
         ctx.save_for_backward(x, weight)
         ctx.weight = weight                                              # the parameter itself: the queue hangs on it
+        if ctx.split:
+            y = mm(x.flatten(0, -2), torch.cat(parts(weight)).t(), torch.float32)
+            return y.view(*x.shape[:-1], 3, len(weight)).sum(-2)
         return linear_torch(x, weight, dtype)
 
     @staticmethod
     def backward(ctx, dy):
-        (x, w), weight = ctx.saved_tensors, ctx.weight
-        dx = (dy @ w.to(dy.dtype)).to(x.dtype) if ctx.needs_input_grad[0] else None
-        wgrad = lambda: (dy.flatten(0, -2).t() @ x.flatten(0, -2).to(dy.dtype)).to(weight.dtype)
+        (x, w), weight, dx = ctx.saved_tensors, ctx.weight, None
+        rows = dy.flatten(0, -2), x.flatten(0, -2)
+        if ctx.split:
+            three = parts(rows[0])
+            if ctx.needs_input_grad[0]:
+                high, rest, _ = parts(w)
+                dx = mm(torch.cat([*three[:2], three[0]], 1), torch.cat([high, high, rest]), x.dtype).view_as(x)
+            wgrad = lambda: mm(torch.cat(three, 1).t(), rows[1], torch.float32).view(3, *w.shape).sum(0)
+        else:
+            if ctx.needs_input_grad[0]:
+                dx = (dy @ w.to(dy.dtype)).to(x.dtype)
+            wgrad = lambda: (rows[0].t() @ rows[1].to(dy.dtype)).to(weight.dtype)
         return dx, weight_gradient(weight, wgrad) if ctx.needs_input_grad[1] else None, None
 
 
@@ -291,9 +328,7 @@ class Linear(nn.Module):
     def forward(self, x, swiglu=False):
         if not self.recipe:
             return linear(SwiGLU.apply(x) if swiglu else x, self.weight)
-        rows = x.flatten(0, -2)                                                               # [N, ...]
-        y = Products.apply(rows, self.weight, [len(rows)], self.recipe, swiglu)
-        return y.unflatten(0, x.shape[:-1])
+        return Products.apply(x, self.weight, [x.shape[:-1].numel()], self.recipe, swiglu)
 
 
 HIGH = {                                      # ends of names that stay in high precision (3.3.1), and why

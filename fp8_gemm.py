@@ -172,7 +172,7 @@ if backend.has_triton():
         if STORED:
             tma.store_wait(0)
 
-    @gluon.jit
+    @gluon.jit(do_not_specialize=["tiles", "M", "steps", "a_start", "t_start"])        # one kernel for all lengths
     def wide_kernel(a, b, y, a_scale, b_scale, t_scale, a_start, t_start, tiles, M, N, steps, a_scale_k, b_scale_n,
                     b_scale_k, y_stride, BLOCKS: gl.constexpr, ADD: gl.constexpr, STORED: gl.constexpr,
                     GROUPS: gl.constexpr, SLOTS: gl.constexpr):
@@ -246,13 +246,19 @@ def gemm_plain(a, b, y, add=False):
     return y
 
 
+def groups_of(y, blocks):
+    """How many groups of four warps multiply for gemm_wide. Three, 192 rows a tile, read less than two do, about 7% of
+    the time; but the last turn may leave more multiprocessors idle."""
+    (M, N), programs = y.shape, backend.multiprocessors(y.device)
+    turns = {groups: triton.cdiv(triton.cdiv(M, 64 * groups) * triton.cdiv(N, BLOCK), programs) for groups in (2, 3)}
+    return 3 if blocks and turns[3] * 3 * 0.93 < turns[2] * 2 else 2
+
+
 def gemm_wide(a, b, y, add=False):
     """gemm_plain on Hopper, for scales of 1x128 tiles whose columns begin at multiples of 16 bytes; add: y FP32."""
     (M, N), blocks = y.shape, len(b.scale) < len(b.values)
-    programs = backend.multiprocessors(y.device)
-    # 192 rows a tile read less than 128 do, about 7% of the time; but the last turn may leave more programs idle.
-    turns = {groups: triton.cdiv(triton.cdiv(M, 64 * groups) * triton.cdiv(N, BLOCK), programs) for groups in (2, 3)}
-    GROUPS, SLOTS = (3, 4) if blocks and turns[3] * 3 * 0.93 < turns[2] * 2 else (2, 5)
+    programs, GROUPS = backend.multiprocessors(y.device), groups_of(y, blocks)
+    SLOTS = {2: 5, 3: 4}[GROUPS]
     tiles = triton.cdiv(M, 64 * GROUPS) * triton.cdiv(N, BLOCK)
 
     def matrix(x, rows, bits):
@@ -290,15 +296,19 @@ def gemm_few(a, b, y):
     return y
 
 
+def takes_wide(a, b, y):
+    """Whether gemm_wide has the product: TMA loads scales from multiples of 16 bytes on. Rows that begin elsewhere, as
+    an expert's may, go the plain way."""
+    tiled = (a,) if len(b.scale) < len(b.values) else (a, b)
+    return backend.hopper(y.device) and all(
+        q.scale.stride(0) == 1 and q.scale.stride(1) % 4 == 0 and q.scale.storage_offset() % 4 == 0 for q in tiled)
+
+
 def gemm_triton(a, b, y, add=False):
     """gemm_torch into y [M, N], or (add, y FP32) added to it, by the kernel that is made for the shape and the GPU."""
-    blocks, wide = len(b.scale) < len(b.values), backend.hopper(y.device)
-    if len(y) <= FEW and blocks and not add and wide:
+    if len(y) <= FEW and len(b.scale) < len(b.values) and not add and backend.hopper(y.device):
         return gemm_few(a, b, y)
-    # TMA loads scales from multiples of 16 bytes on. Rows that begin elsewhere, as an expert's may, go the plain way.
-    for q in (a,) if blocks else (a, b):
-        wide &= q.scale.stride(0) == 1 and q.scale.stride(1) % 4 == 0 and q.scale.storage_offset() % 4 == 0
-    return (gemm_wide if wide else gemm_plain)(a, b, y, add)
+    return (gemm_wide if takes_wide(a, b, y) else gemm_plain)(a, b, y, add)
 
 
 def takes_cublas(a, b, y):
@@ -307,23 +317,23 @@ def takes_cublas(a, b, y):
     if not backend.hopper(y.device):
         return False
     if len(b.scale) < N:
-        return y.dtype == torch.bfloat16 and M > FEW and M % 4 == 0 and K % BLOCK == 0 and N % BLOCK == 0
+        rows = b.scale.stride(0) % 4 == 0 and b.scale.stride(1) == 1
+        return y.dtype == torch.bfloat16 and M > FEW and M % 4 == 0 and K % BLOCK == 0 and N % BLOCK == 0 and rows
     return y.dtype == torch.float32 and M % 16 == 0 and N % 16 == 0 and K % BLOCK == 0
 
 
 def gemm_cublas(a, b, y):
     """gemm_torch into y [M, N] by cuBLASLt, where takes_cublas says so. It wants scales of 1x128 tiles one row of tiles
-    after the other, those of blocks along K in multiples of four. In this form, F.scaled_mm's own, it writes to y."""
+    after the other, those of blocks as block_scales lays them out. In this form, F.scaled_mm's own, it writes to y."""
     def rows(scale):
         scale = scale.t().contiguous().t()
         return scale.as_strided(scale.shape, (1, len(scale)))                # of one column torch keeps any strides
 
-    tile, block, b_scale, k = F.ScalingType.BlockWise1x128, F.ScalingType.BlockWise1x128, b.scale, a.scale.shape[1]
+    tile, block, step = F.ScalingType.BlockWise1x128, F.ScalingType.BlockWise1x128, b.scale.stride(0)
     if len(b.scale) < len(b.values):
-        block, b_scale = F.ScalingType.BlockWise128x128, b.scale.new_empty(len(b.scale), -(-k // 4) * 4).t()
-        b_scale[:k] = b.scale.t()
+        block, b_scale = F.ScalingType.BlockWise128x128, b.scale.as_strided((step, len(b.scale)), (1, step))
     else:
-        b_scale = rows(b_scale)
+        b_scale = rows(b.scale)
     return torch.ops.aten._scaled_mm_v2.out(a.values, b.values.t(), [rows(a.scale)], [tile.value], [], [b_scale],
                                             [block.value], [], None, y.dtype, out=y)
 
@@ -333,11 +343,13 @@ def gemm_cublas(a, b, y):
 def gemm(a, b, y, reference=False, add=False):
     """gemm_torch into y [M, N], in y's dtype; add: y + gemm_torch, for a weight's gradient (y FP32).
 
-    On an H100 our kernels run Fprop at 0.5 to 1.14x cuBLASLt's speed at V3's shapes (results/fp8.json): so it goes
-    first, where it has the product. To add to a gradient it has not, and most products of few rows are read faster by
-    ours.
+    On an H200 our tiles of 192 rows run Fprop and Dgrad at 1.0 to 1.26x cuBLASLt's speed at V3's shapes, those of 128
+    rows and Wgrad at 0.87 to 0.96x (results/fp8.json): these are cuBLASLt's, where it has the product. To add to a
+    gradient it has not, and most products of few rows are read faster by ours.
     """
     if not fast(y, reference):
         product = gemm_torch(a, b, y.dtype)
         return y.add_(product) if add else y.copy_(product)
-    return gemm_triton(a, b, y, add) if add or not takes_cublas(a, b, y) else gemm_cublas(a, b, y)
+    blocks = len(b.scale) < len(b.values)
+    ours = add or not takes_cublas(a, b, y) or takes_wide(a, b, y) and groups_of(y, blocks) == 3
+    return gemm_triton(a, b, y, add) if ours else gemm_cublas(a, b, y)

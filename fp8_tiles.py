@@ -16,6 +16,7 @@ import backend
 if backend.has_triton():
     import triton
     import triton.language as tl
+    from triton.language.extra import libdevice
 
 BLOCK = 128                                   # numbers along the contraction that share a scale
 
@@ -127,6 +128,11 @@ def tile_scales(M, k, device):
     return torch.empty(k, M, dtype=torch.float32, device=device).t()
 
 
+def block_scales(E, m, k, device):
+    """float32 [E, m, k] whose rows begin at multiples of 16 bytes: so cuBLASLt wants them."""
+    return torch.empty(E, m, -(-k // 4) * 4, dtype=torch.float32, device=device)[..., :k]
+
+
 if backend.has_triton():
     INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
@@ -146,10 +152,33 @@ if backend.has_triton():
             return tl.max(size(x), axis).to(tl.float32, bitcast=True)
         return tl.reduce(tl.abs(x), axis, larger)
 
+    # A division is twenty instructions, and every thread divides for all rows and columns that it holds numbers of.
+    # These two are as exact: the quotient corrected by what it leaves over, and the GPU's own reciprocal. (Below LEAST,
+    # where the first is not, the scale is LEAST.)
+
     @triton.jit
-    def scale_of(amax, POW2: tl.constexpr):
+    def over(x, LARGEST: tl.constexpr):
+        """x / LARGEST, 448 or 65024."""
+        if INTERPRETED:
+            return tl.div_rn(x, LARGEST)
+        quotient = x * (1 / LARGEST)
+        return tl.fma(tl.fma(-quotient, LARGEST, x), 1 / LARGEST, quotient)
+
+    @triton.jit
+    def one_over(x):
+        return tl.div_rn(1.0, x) if INTERPRETED else libdevice.rcp_rn(x)
+
+    @triton.jit
+    def sigmoid(x):
+        """By the GPU's own exp2 and quotient, without what a division and exp do for the ends of their ranges."""
+        if INTERPRETED:
+            return tl.sigmoid(x)
+        return libdevice.fast_dividef(1.0, 1.0 + tl.exp2(-1.4426950408889634 * x))
+
+    @triton.jit
+    def scale_of(amax, POW2: tl.constexpr, LARGEST: tl.constexpr = 448.0):
         """The scale of a tile with the largest number amax, NaN if one of them is."""
-        scale = tl.maximum(tl.div_rn(amax, 448.0), 1.1754943508222875e-38)
+        scale = tl.maximum(over(amax, LARGEST), 1.1754943508222875e-38)
         if POW2:
             scale = (((scale.to(tl.int32, bitcast=True) + 0x7FFFFF) >> 23) << 23).to(tl.float32, bitcast=True)
         return tl.where(amax < float("inf"), scale, float("nan"))
@@ -158,7 +187,7 @@ if backend.has_triton():
     def to_e4m3(x, scale):
         """x / scale in E4M3. A GPU's cast rounds as the reference does; the interpreter's cuts off, so there it gets
         what is already rounded."""
-        x = tl.where(scale == scale, x * tl.div_rn(1.0, scale), 0.0)
+        x = tl.where(scale == scale, x * one_over(scale), 0.0)
         if INTERPRETED:
             clamped = tl.minimum(tl.maximum(x, -448.0), 448.0)
             exponent = tl.maximum((size(clamped) >> 23) - 127, -6)
@@ -166,6 +195,39 @@ if backend.has_triton():
             sign = x.to(tl.int32, bitcast=True) & -0x80000000
             x = (size((clamped + large) - large) | sign).to(tl.float32, bitcast=True)
         return x.to(tl.float8e4nv)
+
+    @triton.jit
+    def through_e5m6(tile):
+        """What is left of a tile [rows, 128] rounded to E5M6, NaN in a row that has one."""
+        scale = scale_of(largest(tile, 1), True, 65024.0)[:, None]
+        scaled = tile * one_over(scale)
+        exponent = tl.maximum((size(scaled) >> 23) - 127, -14)
+        large = ((exponent - 6 + 127) << 23).to(tl.float32, bitcast=True) * 12582912.0
+        rounded = size((scaled + large) - large) | (tile.to(tl.int32, bitcast=True) & -0x80000000)
+        return rounded.to(tl.float32, bitcast=True) * scale
+
+    # A tile that is read row by row and written column by column: a thread holds some columns of rows that come in
+    # steps of APART, as many as all threads load at once. If these are neighbours in x, it holds what lies together in
+    # the transpose, and moves words and not single bytes.
+
+    @triton.jit
+    def neighbours(ROWS: tl.constexpr, APART: tl.constexpr):
+        """Which row of x stands in each of ROWS rows of a tile."""
+        order = tl.arange(0, ROWS)
+        return order % APART * (ROWS // APART) + order // APART
+
+    @triton.jit
+    def turned(tile, ROWS: tl.constexpr, APART: tl.constexpr):
+        """The transpose of a tile whose rows stand as `neighbours` says, in x's own order."""
+        tile = tile.reshape(ROWS // APART, APART, tile.shape[1])
+        return tl.trans(tile, 2, 1, 0).reshape(tile.shape[2], ROWS)
+
+    @triton.jit
+    def tile_at(ROWS, COLUMNS, DOWN: tl.constexpr):
+        """(row, column) of this program's tile, of ROWS x COLUMNS: one column after the other if DOWN."""
+        if DOWN:
+            return tl.program_id(0) % ROWS, tl.program_id(0) // ROWS
+        return tl.program_id(0) // COLUMNS, tl.program_id(0) % COLUMNS
 
     @triton.jit
     def norm_kernel(x, weight, r, row, row_scale, M, K, eps, x_stride, row_stride, ROWS: tl.constexpr,
@@ -187,19 +249,15 @@ if backend.has_triton():
     def quantize_kernel(x, x_scale, weight, r, row, row_scale, column, column_scale, M, K, x_stride, x_scale_m,
                         x_scale_k, row_stride, column_stride, SCALED: tl.constexpr, BEFORE: tl.constexpr,
                         ROWS: tl.constexpr, COLUMNS: tl.constexpr, POW2: tl.constexpr, BLOCK_M: tl.constexpr,
-                        APART: tl.constexpr):
-        """BLOCK_M x 128 of before(x): read once, written in 1x128 tiles and (BLOCK_M = 128) transposed in 128x1 tiles.
-
-        APART: rows that the threads load at once. Those of a thread come in steps of APART; we let them be neighbours
-        in x, so that it holds what lies together in the transpose, and stores words and not single bytes.
-        """
-        order = tl.arange(0, BLOCK_M)
-        order = order % APART * (BLOCK_M // APART) + order // APART if COLUMNS else order
-        m = tl.program_id(0).to(tl.int64) * BLOCK_M + order
-        k = tl.program_id(1).to(tl.int64) * 128 + tl.arange(0, 128)
+                        BLOCK_K: tl.constexpr, APART: tl.constexpr):
+        """BLOCK_M x BLOCK_K of before(x): read once, written in 1x128 tiles (BLOCK_K = 128) and (BLOCK_M = 128)
+        transposed in 128x1. Programs that run together write along the rows, of x or of its transpose."""
+        i, j = tile_at(tl.cdiv(M, BLOCK_M), tl.cdiv(K, BLOCK_K), COLUMNS)
+        order = neighbours(BLOCK_M, APART) if COLUMNS else tl.arange(0, BLOCK_M)
+        m, k = i.to(tl.int64) * BLOCK_M + order, j.to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
         inside = (m < M)[:, None] & (k < K)[None, :]
         x += m[:, None] * x_stride + k[None, :]
-        x_scale += m * x_scale_m + tl.program_id(1) * x_scale_k
+        x_scale += m * x_scale_m + j * BLOCK_K // 128 * x_scale_k
         tile = tl.load(x, mask=inside, other=0.0).to(tl.float32)
         if SCALED:
             tile *= tl.load(x_scale, mask=m < M, other=0.0)[:, None]
@@ -210,39 +268,44 @@ if backend.has_triton():
             up = tl.load(x + K, mask=inside, other=0.0).to(tl.float32)
             if SCALED:
                 up *= tl.load(x_scale + K // 128 * x_scale_k, mask=m < M, other=0.0)[:, None]
-            tile = tile / (1 + tl.exp(-tile)) * up
+            tile = tile * sigmoid(tile) * up
             if weight is not None:
                 tile *= tl.load(weight + m, mask=m < M, other=0.0).to(tl.float32)[:, None]
+        if BEFORE == "E5M6":
+            tile = through_e5m6(tile)
         if ROWS:
             scale = scale_of(largest(tile, 1), POW2)
-            tl.store(row_scale + tl.program_id(1) * M + m, scale, mask=m < M)
+            tl.store(row_scale + j * M + m, scale, mask=m < M)
             tl.store(row + m[:, None] * row_stride + k[None, :], to_e4m3(tile, scale[:, None]), mask=inside)
         if COLUMNS:
             scale = scale_of(largest(tile, 0), POW2)
-            tl.store(column_scale + tl.program_id(0) * K + k, scale, mask=k < K)
-            q = to_e4m3(tile, scale[None, :])
-            q = tl.trans(q.reshape(BLOCK_M // APART, APART, 128), 2, 1, 0).reshape(128, BLOCK_M)    # in x's own order
-            m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+            tl.store(column_scale + i * K + k, scale, mask=k < K)
+            q = turned(to_e4m3(tile, scale[None, :]), BLOCK_M, APART)
+            m = i.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
             tl.store(column + k[:, None] * column_stride + m[None, :], q, mask=(k < K)[:, None] & (m < M)[None, :])
 
     @triton.jit
-    def blocks_kernel(w, q, q_scale, M, K, q_stride):
+    def blocks_kernel(w, q, q_scale, M, K, q_stride, scale_stride):
         """One 128x128 block of one of E matrices."""
         i, j, e = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
         m, k = i * 128 + tl.arange(0, 128), j * 128 + tl.arange(0, 128)
         inside = (m < M)[:, None] & (k < K)[None, :]
         block = tl.load(w + e * M * K + m.to(tl.int64)[:, None] * K + k[None, :], mask=inside, other=0.0).to(tl.float32)
         scale = scale_of(largest(largest(block, 1), 0), False)
-        tl.store(q_scale + (e * tl.num_programs(0) + i) * tl.num_programs(1) + j, scale)
+        tl.store(q_scale + (e * tl.num_programs(0) + i) * scale_stride + j, scale)
         tl.store(q + e * M * q_stride + m.to(tl.int64)[:, None] * q_stride + k[None, :], to_e4m3(block, scale),
                  mask=inside)
 
     @triton.jit
-    def transpose_kernel(q, t, M, K, q_matrix, q_stride, t_matrix, t_stride):
+    def transpose_kernel(q, t, q_scale, t_scale, M, K, q_matrix, q_stride, t_matrix, t_stride, q_scale_stride,
+                         t_scale_stride):
         """One 128x128 block of one of E matrices, written the other way round."""
-        m, k = tl.program_id(0) * 128 + tl.arange(0, 128), tl.program_id(1) * 128 + tl.arange(0, 128)
-        q += tl.program_id(2).to(tl.int64) * q_matrix
-        t += tl.program_id(2).to(tl.int64) * t_matrix
+        i, j, e = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+        m, k = i * 128 + tl.arange(0, 128), j * 128 + tl.arange(0, 128)
+        scale = tl.load(q_scale + (e * tl.num_programs(0) + i) * q_scale_stride + j)
+        tl.store(t_scale + (e * tl.num_programs(1) + j) * t_scale_stride + i, scale)
+        q += e * q_matrix
+        t += e * t_matrix
         inside = (m < M)[:, None] & (k < K)[None, :]
         block = tl.load(q + m.to(tl.int64)[:, None] * q_stride + k[None, :], mask=inside, other=0.0)
         tl.store(t + k.to(tl.int64)[:, None] * t_stride + m[None, :], block.T, mask=(k < K)[:, None] & (m < M)[None, :])
@@ -252,14 +315,16 @@ def launch(x, M, K, pow2, rows, columns, before=None, weight=None, r=None):
     """quantize_kernel on before(x), an M x K matrix -> its 1x128 tiles or None, its 128x1 tiles or None."""
     q = x if isinstance(x, Quantized) else None
     x = q.values if q else x if x.stride(1) == 1 else x.contiguous()
-    m, k, BLOCK_M = triton.cdiv(M, BLOCK), triton.cdiv(K, BLOCK), BLOCK if columns else 32
+    m, k = triton.cdiv(M, BLOCK), triton.cdiv(K, BLOCK)
+    # Smaller tiles, where no scale wants whole ones: more programs on a multiprocessor.
+    BLOCK_M, BLOCK_K = BLOCK if columns else 32, BLOCK if rows or before == "E5M6" else 64
     row = Quantized(empty(M, K, device=x.device), tile_scales(M, k, x.device)) if rows else None
     column = Quantized(empty(K, M, device=x.device), tile_scales(K, m, x.device)) if columns else None
     a, b, s = row or column, column or row, q.scale if q else x            # what is not asked for is not written
-    APART = 16 // x.element_size()                                         # 128 threads load 16 bytes of a row each
-    quantize_kernel[triton.cdiv(M, BLOCK_M), k](
+    APART = 128 * 16 // (BLOCK_K * x.element_size())                       # 128 threads load 16 bytes of a row each
+    quantize_kernel[triton.cdiv(M, BLOCK_M) * triton.cdiv(K, BLOCK_K),](
         x, s, weight, r, a.values, a.scale, b.values, b.scale, M, K, x.stride(0), *s.stride(), a.values.stride(0),
-        b.values.stride(0), q is not None, before, rows, columns, pow2, BLOCK_M, APART, num_warps=4)
+        b.values.stride(0), q is not None, before, rows, columns, pow2, BLOCK_M, BLOCK_K, APART, num_warps=4)
     return row, column
 
 
@@ -295,18 +360,20 @@ def blocks_triton(w):
     """w [E, out, in] -> Quantized in 128x128 blocks; the bits are quantize_torch's."""
     (E, M, K), w = w.shape, w.contiguous()
     m, k = triton.cdiv(M, BLOCK), triton.cdiv(K, BLOCK)
-    q = Quantized(empty(E, M, K, device=w.device), torch.empty(E, m, k, device=w.device))
-    blocks_kernel[m, k, E](w, q.values, q.scale, M, K, q.values.stride(1), num_warps=8)
+    q = Quantized(empty(E, M, K, device=w.device), block_scales(E, m, k, w.device))
+    blocks_kernel[m, k, E](w, q.values, q.scale, M, K, q.values.stride(1), q.scale.stride(1), num_warps=8)
     return q
 
 
 def transpose_triton(q):
-    """Quantized [E, M, K] in blocks -> its transpose [E, K, M], K-major for Dgrad."""
-    E, M, K = q.values.shape
-    t = empty(E, K, M, device=q.values.device)
-    transpose_kernel[triton.cdiv(M, BLOCK), triton.cdiv(K, BLOCK), E](
-        q.values.view(torch.uint8), t.view(torch.uint8), M, K, *q.values.stride()[:2], *t.stride()[:2], num_warps=8)
-    return Quantized(t, q.scale.mT)
+    """Quantized [E, M, K] in blocks (blocks_triton's) -> its transpose [E, K, M], K-major for Dgrad."""
+    (E, M, K), device = q.values.shape, q.values.device
+    m, k = triton.cdiv(M, BLOCK), triton.cdiv(K, BLOCK)
+    t = Quantized(empty(E, K, M, device=device), block_scales(E, k, m, device))
+    transpose_kernel[m, k, E](q.values.view(torch.uint8), t.values.view(torch.uint8), q.scale, t.scale, M, K,
+                              *q.values.stride()[:2], *t.values.stride()[:2], q.scale.stride(1), t.scale.stride(1),
+                              num_warps=8)
+    return t
 
 
 # --- which one runs ---------------------------------------------------------------------------------------------------
@@ -320,12 +387,15 @@ def quantize(x, pow2=False, reference=False):
     return quantize_triton(x, pow2)[0] if fast(x, reference) else quantize_torch(x, pow2=pow2)
 
 
-def quantize_columns(x, pow2=False, reference=False):
-    """x [M, K], plain or Quantized in 1x128 tiles -> its 128x1 tiles, as the transpose: Quantized [K, M] in 1x128."""
-    q = isinstance(x, Quantized)
-    if fast(x.values if q else x, reference):
-        return quantize_triton(x, pow2, rows=False, columns=True)[1]
-    return quantize_torch((x.dequantize() if q else x).mT, pow2=pow2)
+def quantize_columns(x, kept=E4M3, reference=False):
+    """x [M, K] as it was kept, Quantized in 1x128 tiles, or plain and now rounded to E5M6 in such tiles -> its 128x1
+    tiles, as the transpose: Quantized [K, M] in 1x128."""
+    if fast(x.values if kept is E4M3 else x, reference):
+        before, pow2 = (None, False) if kept is E4M3 else ("E5M6", True)
+        shape = (x.values if kept is E4M3 else x).shape
+        return launch(x, *shape, pow2, rows=False, columns=True, before=before)[1]
+    x = x if kept is E4M3 else quantize_torch(x, fmt=E5M6, pow2=True)
+    return quantize_torch(x.dequantize().mT, pow2=kept is E5M6)
 
 
 def quantize_swiglu(h, gate=None, pow2=False, reference=False):
@@ -386,7 +456,7 @@ if backend.has_triton():
             b = tl.load(h + at + F, mask=inside, other=0.0).to(tl.float32) \
                 * tl.load(h_scale + scale_at + ((f + F) // 128)[None, :] * h_scale_k, mask=inside, other=0.0)
             g = tl.load(dy + r[:, None] * F + f[None, :], mask=inside, other=0.0).to(tl.float32)
-            s = tl.sigmoid(a)
+            s = sigmoid(a)
             if GATED:
                 total += tl.sum(g * a * s * b, 1)
                 g *= tl.load(gate + r, mask=r < R, other=0.0).to(tl.float32)[:, None]
@@ -409,37 +479,3 @@ def swiglu_backward_triton(h, dy, gate=None):
 
 def swiglu_backward(h, dy, gate=None, reference=False):
     return (swiglu_backward_triton if fast(dy, reference) else swiglu_backward_torch)(h, dy, gate)
-
-
-# --- what attention's Linear keeps ------------------------------------------------------------------------------------
-
-if backend.has_triton():
-    @triton.jit
-    def e5m6_kernel(x, q, q_scale, M, K, x_stride, BLOCK_M: tl.constexpr):
-        m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-        k = tl.program_id(1) * 128 + tl.arange(0, 128)
-        inside = (m < M)[:, None] & (k < K)[None, :]
-        tile = tl.load(x + m[:, None] * x_stride + k[None, :], mask=inside, other=0.0).to(tl.float32)
-        amax = largest(tile, 1)
-        scale = tl.maximum(tl.div_rn(amax, 65024.0), 1.1754943508222875e-38)
-        scale = (((scale.to(tl.int32, bitcast=True) + 0x7FFFFF) >> 23) << 23).to(tl.float32, bitcast=True)
-        good = amax < float("inf")
-        tile = tl.where(good[:, None], tile * tl.div_rn(1.0, scale)[:, None], 0.0)
-        exponent = tl.maximum((size(tile) >> 23) - 127, -14)
-        large = ((exponent - 6 + 127) << 23).to(tl.float32, bitcast=True) * 12582912.0
-        tile = size((tile + large) - large) | (tile.to(tl.int32, bitcast=True) & -0x80000000)
-        tl.store(q + m[:, None] * K + k[None, :], tile.to(tl.float32, bitcast=True).to(tl.float16), mask=inside)
-        tl.store(q_scale + tl.program_id(1) * M + m, tl.where(good, scale, float("nan")), mask=m < M)
-
-
-def e5m6_triton(x):
-    """quantize_torch(x, fmt=E5M6, pow2=True) of x [M, K] in one pass, bit for bit."""
-    x = x if x.stride(1) == 1 else x.contiguous()
-    (M, K), k = x.shape, triton.cdiv(x.shape[1], BLOCK)
-    q = Quantized(torch.empty(M, K, dtype=torch.float16, device=x.device), torch.empty(k, M, device=x.device).t())
-    e5m6_kernel[triton.cdiv(M, 32), k](x, q.values, q.scale, M, K, x.stride(0), 32)
-    return q
-
-
-def e5m6(x, reference=False):
-    return e5m6_triton(x) if fast(x, reference) else quantize_torch(x, fmt=E5M6, pow2=True)

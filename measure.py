@@ -2,11 +2,13 @@
 import datetime
 import gc
 import json
+import multiprocessing
 import os
 import platform
 import statistics
 import subprocess
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
@@ -32,16 +34,38 @@ def processor():
         return platform.processor() or platform.machine()
 
 
+def here():
+    """The machine, its software and the day: what a figure holds for."""
+    return {"date": datetime.date.today().isoformat(), "python": platform.python_version(), "torch": torch.__version__,
+            "cpu": f"{processor()}, {os.cpu_count()} cores",
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None}
+
+
+def kept(section, *parts):
+    """{part: what results/<section>.json has of it}, of those that were measured here today: a run of some parts leaves
+    the others as they are, and one on another machine leaves none."""
+    old = load(section) or {}
+    same = all(old.get(key) == value for key, value in here().items())
+    return {part: old[part] for part in parts if same and part in old}
+
+
 def record(section, command, **numbers):
     """Write results/<section>.json: the numbers and where they come from."""
-    where = {"command": command, "date": datetime.date.today().isoformat(), "python": platform.python_version(),
-             "torch": torch.__version__, "cpu": f"{processor()}, {os.cpu_count()} cores",
-             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None}
+    where = {"command": command, **here()}
     if "data" in numbers:
         numbers["data"]["source"] = Path(numbers["data"]["source"]).name            # not where it lies on this machine
     RESULTS.mkdir(exist_ok=True)
     write_atomic(RESULTS / f"{section}.json", json.dumps({**where, **numbers}, indent=1) + "\n")
     print(f"wrote results/{section}.json")
+
+
+def chosen(options, key, there):
+    """The names in --KEY=A,B,..., in their order; without it all that are `there`. UserError names what is not."""
+    names = options[key].split(",") if key in options else list(there)
+    wrong = next((name for name in names if name not in there), None)
+    if wrong is not None:
+        raise UserError(f"--{key}={options[key]}: there are {', '.join(there)}, and no {wrong!r}")
+    return names
 
 
 def lines(out_dir):
@@ -74,12 +98,22 @@ def checkpoints_of(rows, steps=(100, 200, 400, 500, 1000)):
 
 # --- time on a GPU ----------------------------------------------------------------------------------------------------
 
-def replayed(run):
-    """run() as a CUDA graph -> a function that replays it: the GPU's time alone, without the host's launches."""
+def compiled_beside(prepare, jobs):
+    """prepare(*job) of each job, all at once in processes of their own: what they compile is then in the caches on
+    disk, from which this process takes it. One after the other, compiling would take longer than measuring."""
+    with ProcessPoolExecutor(min(len(jobs), os.cpu_count()), multiprocessing.get_context("spawn")) as pool:
+        for done in [pool.submit(prepare, *job) for job in jobs]:
+            done.result(timeout=300)
+
+
+def replayed(run, times=1):
+    """run(), so many times in a row, as a CUDA graph -> a function that replays it: the GPU's time alone, without the
+    host's launches."""
     run()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        run()
+        for _ in range(times):
+            run()
     return lambda run=run: graph.replay()                      # run: holds what the graph reads
 
 
@@ -102,6 +136,12 @@ def in_turn(runs, rounds=5):
     all of them."""
     times = [{name: milliseconds(run, 20) for name, run in runs.items()} for _ in range(rounds)]
     return {name: statistics.median(row[name] for row in times) for name in runs}
+
+
+def replayed_in_turn(runs, rounds=3, times=4):
+    """in_turn of graphs that hold run() so many times: starting a graph takes as long as a short kernel."""
+    graphs = {name: replayed(run, times) for name, run in runs.items()}
+    return {name: ms / times for name, ms in in_turn(graphs, rounds).items()}
 
 
 def copy_rate():

@@ -84,6 +84,10 @@ class CrossEntropy(torch.autograd.Function):
 
 # --- the model --------------------------------------------------------------------------------------------------------
 
+# How checkpoint computes again in backward: nothing here draws random numbers whose state would have to be put back.
+AGAIN = {"use_reentrant": False, "preserve_rng_state": False}
+
+
 class Block(nn.Module):
     """One transformer layer: x [B, T, D] -> ([B, T, D], Routing or None)."""
 
@@ -100,7 +104,7 @@ class Block(nn.Module):
             # Norms, latents, queries, keys and values are made again in backward (section 3.2.3); attention's own
             # output waits in `kept`, and the last product is not reached: checkpoint stops once it has what it needs.
             kept = []
-            h = x + checkpoint(lambda x: self.attn(self.attn_norm(x), rope, kept=kept, **more), x, use_reentrant=False)
+            h = x + checkpoint(lambda x: self.attn(self.attn_norm(x), rope, kept=kept, **more), x, **AGAIN)
         else:
             h = x + self.attn(self.attn_norm(x), rope, **more)
         return h, self.ffn_norm(h)
@@ -210,7 +214,7 @@ class V3(nn.Module):
     def run(self, module, *args):
         """module(*args); with config.recompute its activations are made again in backward instead of kept."""
         again = self.config.recompute and self.training
-        return checkpoint(module, *args, use_reentrant=False) if again else module(*args)
+        return checkpoint(module, *args, **AGAIN) if again else module(*args)
 
     def place(self, T, cache):
         """Where the next T tokens of every row stand: the arguments of a block that writes `cache`."""

@@ -39,6 +39,7 @@ from torch import nn
 
 import backend
 from configs import UserError
+from experts import sum_triton
 from experts_few import MAX_TOKENS, experts
 from experts_fp8 import routed_triton
 from fp8 import Linear, Products, SwiGLU, busy, linear, linear_triton, weight_gradient
@@ -365,14 +366,19 @@ class ExpertRanks:
     between: "dist.ProcessGroup" = None       # the ranks with its local index, one of each node; None: one node
     inside: "dist.ProcessGroup" = None        # the ranks of its node; None: one rank a node
     fp8: bool = False                         # dispatch in E4M3, scales powers of two (3.3.3); combine, gradients not
+    device: torch.device = torch.device("cpu")                                                # where the tokens are
     bytes_sent: dict = field(default_factory=lambda: {"between": 0, "inside": 0})             # to others than oneself
 
     def __post_init__(self):
         # Exchanges run on a thread (and a GPU's stream) of their own, one after the other in the order in which they
         # are started, which is the same on all ranks. So a pipeline can compute meanwhile, and nobody else waits for
-        # the GPU to say how many rows go where.
-        self.thread = ThreadPoolExecutor(1)
-        self.stream = torch.cuda.Stream() if torch.cuda.is_available() else None
+        # the GPU to say how many rows go where. A thread begins on the machine's first GPU, which may not be ours. The
+        # stream goes before arithmetic that waits for a place on the GPU: an exchange takes little of it, and long.
+        self.stream, ours = None, {}
+        if self.device.type == "cuda":
+            self.stream = torch.cuda.Stream(self.device, priority=-1)
+            ours = {"initializer": torch.cuda.set_device, "initargs": (self.device,)}
+        self.thread = ThreadPoolExecutor(1, **ours)
 
 
 def tell(group, counts):
@@ -390,9 +396,51 @@ def pack(x):
     return q.values.view(torch.uint8), (bits(q.scale) >> 23).to(torch.uint8)
 
 
-def unpack(values, exponents, dtype):
+def unpack_torch(values, exponents, dtype):
+    """What pack has made of [n, D] -> [n, D] in `dtype`."""
     scale = (exponents.to(torch.int32) << 23).view(torch.float32)
     return Quantized(values.view(torch.float8_e4m3fn), scale).dequantize().to(dtype)
+
+
+if backend.has_triton():
+    @triton.jit
+    def unpack_kernel(values, exponents, out, D, TILES, BLOCK: tl.constexpr):
+        """BLOCK numbers of one row."""
+        n, d = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        e = tl.load(exponents + n * TILES + d // 128, mask=d < D, other=0).to(tl.int32)
+        x = tl.load(values + n * D + d, mask=d < D).to(tl.float32)
+        tl.store(out + n * D + d, x * (e << 23).to(tl.float32, bitcast=True), mask=d < D)
+
+
+def unpack_triton(values, exponents, dtype):
+    """unpack_torch in one pass."""
+    (n, D), BLOCK = values.shape, 1024
+    out = torch.empty(n, D, dtype=dtype, device=values.device)
+    unpack_kernel[n, triton.cdiv(D, BLOCK)](values.view(torch.float8_e4m3fn), exponents, out, D, exponents.shape[1],
+                                            BLOCK)
+    return out
+
+
+def unpack(values, exponents, dtype):
+    """unpack_torch, on a GPU by a kernel."""
+    return (unpack_triton if backend.use_small_kernels(values) else unpack_torch)(values, exponents, dtype)
+
+
+def joined(tensors):
+    """Some [n, width] as one message of bytes: uint8 [n, all their bytes]. To send a tensor costs the host more than
+    copying a small one."""
+    return torch.cat([dense(t).view(torch.uint8) for t in tensors], 1)
+
+
+def parted(message, tensors):
+    """The message again as tensors like those that it was made of."""
+    parts = message.split([t.shape[1] * t.element_size() for t in tensors], 1)
+    return [dense(part).view(t.dtype) for part, t in zip(parts, tensors)]
+
+
+def dense(t):
+    """A copy of t in one piece, with strides that say so also where a size of 0 or 1 would allow any: `view` asks."""
+    return t.clone(memory_format=torch.contiguous_format)
 
 
 def visits(owner, n):
@@ -403,11 +451,19 @@ def visits(owner, n):
 
 class Hop:
     """Copies of rows to the ranks of one group, and their sums back: row n goes to each rank that to [n, ranks] names.
-    send, receive: how many rows go to each rank and how many come from it."""
+    """
 
-    def __init__(self, ranks, name, to, send, receive):
-        self.ranks, self.name, self.n, self.send, self.receive = ranks, name, len(to), send, receive
-        self.order = torch.nonzero_static(to.t(), size=sum(send))[:, 1]                       # sorted by rank
+    def __init__(self, ranks, name, to):
+        self.ranks, self.name, self.n = ranks, name, len(to)
+        self.order = torch.nonzero_static(to.t(), size=to.numel())[:, 1]                      # sorted by rank
+        # Where among these each row's copies are: int32 [n, ranks], -1 for none.
+        places = to.t().flatten().cumsum(0).sub(1).masked_fill(~to.t().flatten(), -1)
+        self.row = places.view(to.shape[::-1]).t().to(torch.int32).contiguous()
+
+    def sized(self, send, receive):
+        """How many rows go to each rank and how many come from it, once the host knows it; returns itself."""
+        self.send, self.receive, self.order = send, receive, self.order[:sum(send)]
+        return self
 
     def exchange(self, t, send, receive):
         group, out = getattr(self.ranks, self.name), t.new_empty(sum(receive), *t.shape[1:])
@@ -425,6 +481,8 @@ class Hop:
         return tuple(self.sum(self.exchange(t, self.receive, self.send)) for t in tensors)
 
     def sum(self, copies):
+        if backend.use_small_kernels(copies):
+            return sum_triton(copies, self)   # in one pass over memory, in the same order
         high = torch.promote_types(copies.dtype, torch.float32)
         out = torch.zeros(self.n, *copies.shape[1:], dtype=high, device=copies.device)
         for rows, part in zip(self.order.split(self.send), copies.split(self.send)):
@@ -448,19 +506,26 @@ class Sent:
         each = self.routing.n_experts // (nodes * locals)
         owner = self.indices // each                                                          # [N, K]: a rank
         to = visits(owner, nodes * locals).unflatten(1, (nodes, locals))
-        leave, arrive, on, come, (self.rows,) = self.sizes(to, count(owner, nodes * locals))
-        message, self.hops = (*(pack(x) if ranks.fp8 else (x,)), weights, self.indices.to(torch.int32)), []
+        tokens, *scales = pack(x) if ranks.fp8 else (x,)
+        beside = weights, self.indices.to(torch.int32), *scales
+        message, hops = (tokens, joined(beside)), []
+        # All that can be made before the wait for the sizes is: afterwards the tokens should leave at once.
         if ranks.between:
-            self.hops.append(Hop(ranks, "between", to.any(2), leave, arrive))
-            message = self.hops[-1].there(*message)
+            hops.append(Hop(ranks, "between", to.any(2)))
+        elif ranks.inside:
+            hops.append(Hop(ranks, "inside", to.flatten(1)))
+        leave, arrive, on, come, (self.rows,) = self.sizes(to, count(owner, nodes * locals))
+        if ranks.between:
+            message = hops[0].sized(leave, arrive).there(*message)
+            if ranks.inside:
+                here = parted(message[1], beside)[1] // each - ranks.rank // locals * locals
+                hops.append(Hop(ranks, "inside", visits(here.to(torch.int64), locals)))
         if ranks.inside:
-            to = visits(message[-1] // each - ranks.rank // locals * locals, locals)
-            self.hops.append(Hop(ranks, "inside", to, on, come))
-            message = self.hops[-1].there(*message)
-        *tokens, weights, indices = message
+            message = hops[-1].sized(on, come).there(*message)
+        self.hops, (weights, indices, *scales) = hops, parted(message[1], beside)
         indices = indices.to(torch.int64) - ranks.rank * each
         self.indices = indices.masked_fill((indices < 0) | (indices >= each), -1)
-        return unpack(*tokens, x.dtype) if ranks.fp8 else tokens[0], weights
+        return unpack(message[0], *scales, x.dtype) if ranks.fp8 else message[0], weights
 
     def sizes(self, to, pairs):
         """to [N, nodes, locals], the ranks of each token; pairs [ranks], the (token, expert) pairs of each rank -> how

@@ -151,6 +151,9 @@ class Mesh:
                             f"{'GPUs: it was built without NCCL' if device.type == 'cuda' else 'ranks there'}; use "
                             f"--device=cpu, or one rank")
         patience = datetime.timedelta(seconds=self.timeout)
+        # NCCL's guard would leave a note of a rank that died in torchrun's own store, where the ranks that are started
+        # after it find the note, take it for theirs, and wait.
+        os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "0")
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=self.store,
                                 rank=self.rank, world_size=self.world, timeout=patience)
 
@@ -298,8 +301,7 @@ def failure(mesh, e):
         calls = traceback.extract_tb(e.__traceback__) + traceback.extract_tb(e.__cause__ and e.__cause__.__traceback__)
         if code == 2:
             message = f"{who}: {e}" if mesh.rank else str(e)
-        elif not isinstance(e, dist.DistError) and not any(
-                os.path.join("torch", "distributed") in call.filename for call in calls):
+        elif not any(os.path.join("torch", "distributed") in call.filename or ".wait()" in call.line for call in calls):
             message = f"{who} failed"
         else:
             silent, until = set(range(mesh.world)), time.time() + patience
@@ -349,14 +351,6 @@ def claimed(out_dir, mesh):
 
 def size(group):
     return 1 if group is None else dist.get_world_size(group)
-
-
-def wait(work):
-    """For a transfer that was started before; DistBackendError where it fails, or takes longer than the timeout."""
-    try:
-        work.wait()
-    except RuntimeError as e:
-        raise dist.DistBackendError(str(e)) from e
 
 
 def owners(sizes, ranks):
@@ -458,9 +452,9 @@ class Shares:
         while self.off < len(self.buckets):
             self.set_off()
         for bucket in self.buckets:
-            wait(bucket.work)
+            bucket.work.wait()
             if any(p.grad is not None for p in bucket.params):
-                raise RuntimeError("a gradient came after its bucket's sum had set off: `expect` was told of fewer")
+                raise RuntimeError("a gradient came after its bucket had set off: `expect` was told of fewer")
             if bucket.mine or not self.zero1:
                 for p, grad in zip(bucket.params, bucket.apart(bucket.flat.to(bucket.params[0].dtype))):
                     p.grad = grad
@@ -488,7 +482,7 @@ class Shares:
     def receive_updated(self):
         """... and arrive."""
         for bucket in self.buckets if self.zero1 else ():
-            wait(bucket.work)
+            bucket.work.wait()
             for p, new in zip(bucket.params, bucket.apart(bucket.flat)) if not bucket.mine else ():
                 if new.data_ptr() == p.data_ptr():
                     torch.autograd.graph.increment_version(p)            # written to without its knowledge

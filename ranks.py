@@ -75,7 +75,7 @@ def spread_experts(c, modules, mesh):
     """Leave to this rank its share of every layer's experts; returns the modules."""
     if mesh.ep > 1:
         ranks = ExpertRanks(mesh.ep_nodes, mesh.ep // mesh.ep_nodes, mesh.ep_rank, mesh.between, mesh.inside,
-                            fp8=c.precision.startswith("fp8"))
+                            c.precision.startswith("fp8"), next(modules[0].parameters()).device)
         for module in modules:
             spread(module, ranks)
     return modules

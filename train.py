@@ -21,6 +21,7 @@ import shlex
 import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -95,7 +96,7 @@ def plan(c, device, mesh, data=None):
                    + (" on the ranks like rank 0" if mesh.world > 1 else "")),
         ("latent cache", f"{a['cache_bytes']:,} bytes per token in BF16"),
         ("device", f"{backend.name(device)}, {c.precision}, torch {torch.__version__}"),
-        *((what, f"{path} ({why})") for what, path, why in backend.table(device, c)),
+        *((what, f"{path} ({why})") for what, path, why in backend.table(device, c, mesh.world)),
     ]
     if a["converted"]:
         converted, left = a["converted"]
@@ -166,6 +167,58 @@ def run_tensors(modules, optimizer, ema, owned=None):
                 tensors = {name: t for name, t in tensors.items() if name.replace("gate.bias", "gate.weight") in owned}
             out |= {prefix + name: t for name, t in official_tensors(module, tensors).items()}
     return out
+
+
+# --- forward and backward ---------------------------------------------------------------------------------------------
+
+def forward_backward(v3, tokens, totals, mtp_weight):
+    """One micro-batch: its gradients are added to .grad; returns its share of the step's losses (V3.loss)."""
+    loss, parts = v3.loss(tokens, totals=totals, mtp_weight=mtp_weight)
+    loss.backward()
+    return parts
+
+
+class Recorded:
+    """forward_backward from CUDA graphs. A micro-batch is a thousand kernels, many of some microseconds, and the host
+    starts them more slowly than the GPU ends them; recorded once, they are started as one.
+
+    There are two graphs. The first micro-batch of a step casts and quantizes the weights, which have changed, and
+    writes their gradients; the others add to these. A graph finds and leaves everything in the same memory: tokens are
+    copied to where it reads them, and its gradients are put in .grad again when a step has cleared that. The numbers
+    that it was given are part of it, so with others it is recorded anew.
+    """
+
+    def __init__(self, v3):
+        self.v3, self.params, self.key, self.graphs = v3, list(v3.parameters()), None, {}
+
+    def __call__(self, tokens, totals, mtp_weight):
+        key, first = (tokens.shape, totals, mtp_weight), self.params[0].grad is None
+        if key != self.key or not (first or self.graphs):
+            # A whole step without: kernels that are compiled, or choose their tiles, can't be recorded meanwhile.
+            self.key, self.graphs = key, {}
+            return forward_backward(self.v3, tokens, totals, mtp_weight)
+        if first not in self.graphs:
+            self.record(first, tokens, totals, mtp_weight)
+        graph, parts = self.graphs[first]
+        self.tokens.copy_(tokens)
+        graph.replay()
+        if first:
+            for p, grad in zip(self.params, self.grads):
+                p.grad = grad
+        return parts
+
+    def record(self, first, *arguments):
+        graph, pool = torch.cuda.CUDAGraph(), None
+        if first:
+            self.tokens = arguments[0].clone()
+            torch.autograd.graph.increment_version(self.params)     # their copies in BF16 or FP8 are old, it says
+        else:
+            pool = self.graphs[True][0].pool()                      # never under way at the same time: the same memory
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):          # NCCL has a thread too
+            parts = forward_backward(self.v3, self.tokens, *arguments[1:])
+        self.graphs[first] = graph, parts
+        if first:
+            self.grads = [p.grad for p in self.params]
 
 
 # --- during the run ---------------------------------------------------------------------------------------------------
@@ -373,7 +426,10 @@ def run(c, device, mesh, newest, command):
     elif not pipe:
         for p in modules[0].parameters():
             p.queue = AtOnce()                                     # later micro-batches add to .grad inside the product
-            p.register_post_accumulate_grad_hook(shares.arrived)
+    recorded = backend.training_graph(device, c, mesh.world)[0] == "CUDA graph"
+    micro_batch = Recorded(modules[0]) if recorded else partial(forward_backward, modules[0])
+    for p in modules[0].parameters() if mesh.world > 1 and not pipe else ():
+        p.register_post_accumulate_grad_hook(shares.arrived)
 
     peak = backend.peak_flops(device, c.precision)
     tokenizer = tokenizer_json(data.tokenizer).decode()
@@ -408,8 +464,7 @@ def run(c, device, mesh, newest, command):
                 parts = ranks.pipelined(c, pipe, batch, totals, mtp_weight(c, step))
             else:
                 for micro in batch.split(c.micro_batch_size):
-                    loss, share = modules[0].loss(micro, totals=totals, mtp_weight=mtp_weight(c, step))
-                    loss.backward()
+                    share = micro_batch(micro, totals, mtp_weight(c, step))
                     parts = {name: parts[name] + share[name] for name in parts}
             shares.sum_gradients()
             norm = shares.clip(c.grad_clip or math.inf, mesh)

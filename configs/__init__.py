@@ -102,6 +102,7 @@ class Config:
     recompute: bool = param(False, "recompute each block in backward instead of keeping its activations")
     recompute_mla: bool = param(False, "recompute MLA's norms and projections, not its output (section 3.2.3)")
     compile: bool = param(False, "torch.compile the model")
+    graph: bool = param(True, "start a micro-batch's kernels as one CUDA graph, where none of them waits for the host")
 
     # --- the ranks: processes that torchrun starts, pp * dp of them (parallel.py) -------------------------------------
     dp: int = param(0, "ranks that share out each batch; 0 = all there are / pp", 0)
@@ -142,10 +143,9 @@ class Config:
 
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
 # What may differ when a run is resumed: where and how it runs, not what it computes.
-MACHINE_FIELDS = {"micro_batch_size", "device", "compile", "recompute", "recompute_mla", "dp", "pp", "pipeline",
-                  "ep", "nodes", "zero1", "timeout", "out_dir", "eval_interval", "eval_stride", "save_interval",
-                  "resume", "init_from", "eval_only", "log_load", "profile", "plan",
-                  "world"}
+MACHINE_FIELDS = {"micro_batch_size", "device", "compile", "graph", "recompute", "recompute_mla", "dp", "pp",
+                  "pipeline", "ep", "nodes", "zero1", "timeout", "out_dir", "eval_interval", "eval_stride",
+                  "save_interval", "resume", "init_from", "eval_only", "log_load", "profile", "plan", "world"}
 
 
 # --- from text to a checked Config ------------------------------------------------------------------------------------

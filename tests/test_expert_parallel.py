@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import GPU, GROUPS, build, lively, random_tokens, tiny
+from conftest import GPU, GROUPS, agree, build, lively, no_triton, random_tokens, tiny
 
 import fp8
 import parallel
 from configs import UserError
+from experts import sum_triton
 from model import V3, official_tensors, target_totals
-from moe import ExpertRanks, MoE, Sent, spread
+from moe import ExpertRanks, Hop, MoE, Sent, joined, pack, parted, spread, unpack_torch, unpack_triton
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYOUTS = {"1x2": (1, 2), "2x2": (2, 2), "2x4": (2, 4), "4x2": (4, 2)}                           # nodes x ranks of each
@@ -359,6 +360,35 @@ def test_an_exchange_is_waited_for_in_the_next_part_forward_and_backward(ranks):
         assert times["combine backward"] < 0.5 < times["experts backward"]
 
 
+@no_triton
+def test_the_kernel_adds_up_what_comes_back_as_torch_does():
+    to = torch.rand(37, 4, generator=torch.Generator().manual_seed(1)) < 0.6
+    to[3], to[:, 2] = False, False                                             # a row for nobody, a rank for no row
+    hop = Hop(None, "inside", to).sized(to.sum(0).tolist(), None)
+    for width, dtype in ((300, torch.float32), (8, torch.bfloat16)):
+        copies = torch.randn(len(hop.order), width).to(dtype)
+        agree(sum_triton(copies, hop).float(), hop.sum(copies).float(), 1e-6 if dtype == torch.float32 else 8e-3)
+
+
+@no_triton
+def test_the_kernel_unpacks_what_was_packed_to_the_same_bits():
+    for shape in ((5, 384), (3, 200), (0, 256)):
+        x = torch.randn(shape) * torch.logspace(-30, 3, shape[1])
+        packed = pack(x)
+        assert torch.equal(unpack_triton(*packed, torch.bfloat16), unpack_torch(*packed, torch.bfloat16))
+    low = unpack_triton(*pack(x := torch.randn(4, 256)), torch.float32)
+    assert 0.01 < ((low - x).norm() / x.norm()).item() < 0.05
+
+
+def test_a_message_is_parted_into_what_it_was_joined_of():
+    for n in (0, 1, 7):
+        tensors = torch.randn(n, 3), torch.arange(5 * n).int().view(n, 5), torch.ones(n, 2, dtype=torch.uint8)
+        message = joined(tensors)
+        assert message.shape == (n, 12 + 20 + 2)
+        for ours, theirs in zip(parted(message, tensors), tensors):
+            assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
+
+
 # --- on a GPU ---------------------------------------------------------------------------------------------------------
 
 @pytest.mark.gpu
@@ -371,7 +401,8 @@ def test_on_a_gpu_a_rank_that_sends_to_itself_computes_the_layer(names, tmp_path
         moe = mixture(dim=256, moe_inter_dim=64, **GROUPS).cuda()
         x, dy = torch.randn(2, 1, 2000, 256, device="cuda").bfloat16()
         results = []
-        for ranks in (None, ExpertRanks(1, 1, 0, **dict.fromkeys(names, dist.group.WORLD))):
+        here = dict(dict.fromkeys(names, dist.group.WORLD), device=x.device)
+        for ranks in (None, ExpertRanks(1, 1, 0, **here)):
             moe.ranks = ranks
             for _ in range(5 if ranks else 1):
                 moe.zero_grad()

@@ -64,6 +64,11 @@ def compare(ours, theirs, limit):
         assert a.shape == b.shape and error(a, b) <= limit, f"{name}: {error(a, b):.1e}, limit {limit:.0e}"
 
 
+def same(ours, theirs):
+    """Byte for byte."""
+    return torch.equal(ours.contiguous().view(torch.uint8), theirs.contiguous().view(torch.uint8))
+
+
 def double(leaves):
     return [t.detach().double().requires_grad_() for t in leaves]
 
@@ -171,12 +176,31 @@ def fp8_here(monkeypatch):
 def test_in_fp8_the_kernels_equal_the_reference_and_themselves_bit_for_bit(N, E, K, D, F, load, elsewhere, fp8_here):
     indices, (leaves, dout) = choices(N, E, K, load, elsewhere), inputs(N, E, K, D, F)
     ours = run(routed_triton, leaves, indices, dout, fp8.Recipe())
-    # A sum that rounds otherwise moves now and then a number to the neighbouring one of E4M3, 6% away.
-    compare(ours, run(routed_torch, leaves, indices, dout, fp8.Recipe(reference=True)), 2e-3)
+    # Where a sum rounds otherwise, a number moves now and then to the neighbouring one of E4M3, 6% away: with sums of
+    # 14 bits, as gemm_torch simulates a GPU's, the reference itself is 2e-3 to 6e-3 from what it is without.
+    compare(ours, run(routed_torch, leaves, indices, dout, fp8.Recipe(reference=True)), 8e-3 if GPU else 1e-6)
     exact = run(routed_torch, double(leaves), indices, dout)
     assert all(0.01 < error(a, b) < 0.1 for a, b in zip(ours, exact))                       # it is FP8, and no worse
     again = run(routed_triton, leaves, indices, dout, fp8.Recipe())
     assert all(torch.equal(a, b) for a, b in zip(ours, again))
+
+
+@pytest.mark.parametrize("D", [144, 256])
+def test_the_rows_of_the_experts_are_quantized_as_the_reference_does_bit_for_bit(D, fp8_here):
+    N, E, K = 60, 3, 2
+    x, plan = torch.randn(N, D).to(DEVICE), plan_triton(choices(N, E, K, elsewhere=0.2), E)
+    there, tiles = plan.pair >= 0, plan.expert >= 0
+    kept = fp8_tiles.quantize_triton(x)[0]
+    for source, plain in ((x, x), (kept, kept.dequantize())):
+        rows = torch.zeros(len(plan.pair), D, device=DEVICE)
+        rows[there] = plain[plan.pair[there] // K]
+        row, column = gather8_triton(source, plan, columns=True)
+        alone = gather8_triton(source, plan, rows=False, columns=True)[1]
+        assert same(row[0][there], fp8_tiles.quantize_torch(rows).values[there])
+        expected = fp8_tiles.quantize_torch(rows.t())
+        for values, scale in (column, alone):
+            assert torch.equal(scale[tiles], expected.scale.t()[tiles])
+            assert same(values.unflatten(1, (-1, 128))[:, tiles], expected.values.unflatten(1, (-1, 128))[:, tiles])
 
 
 # --- at real sizes ----------------------------------------------------------------------------------------------------

@@ -120,7 +120,7 @@ def test_an_outlier_costs_its_own_tile_and_no_other():
 
 def test_tiles_of_128x1_are_the_1x128_tiles_of_the_transpose():
     x = torch.randn(200, 70) * torch.logspace(-3, 3, 200)[:, None]
-    columns = fp8_tiles.quantize_columns(x)
+    _, columns = fp8_tiles.quantize_both(x)
     assert columns.values.shape == (70, 200) and columns.scale.shape == (70, 2)
     assert torch.equal(columns.scale[:, 0], x[:128].abs().amax(0) / torch.tensor(448.0))
     assert error(columns.dequantize().t(), x) < 0.04
@@ -137,7 +137,7 @@ def test_a_power_of_two_scale_is_rounded_before_it_divides():
 def test_with_powers_of_two_going_from_1x128_to_128x1_tiles_only_moves_exponents():
     x = torch.randn(128, 128)
     row = quantize_torch(x, pow2=True)
-    again = fp8_tiles.quantize_columns(row, pow2=True).dequantize().t()
+    again = quantize_torch(row.dequantize().t(), pow2=True).dequantize().t()
     normal = row.dequantize().abs() > 2.0 ** -5 * x.abs().max()                # above what falls below the normal range
     assert normal.float().mean() > 0.8 and torch.equal(again[normal], row.dequantize()[normal])
     row = quantize_torch(x)
@@ -399,6 +399,49 @@ def test_a_row_of_a_group_meets_its_own_expert_and_an_idle_experts_gradient_is_z
             assert torch.equal(w.grad[e], own.grad) and torch.equal(x.grad[start:end], rows.grad)
         else:
             assert (w.grad[e] == 0).all()
+
+
+class Doubled(torch.autograd.Function):
+    """In place, as RoPE turns."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.mark_dirty(x)
+        return x.mul_(2)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 2 * grad
+
+
+def test_what_is_done_in_place_to_the_output_of_a_linear_copies_no_gradient():
+    layer, x = Linear(40, 60), torch.randn(2, 3, 40, requires_grad=True)
+    torch.nn.init.normal_(layer.weight)
+    layer.recipe = Recipe(reference=True)
+    y = Doubled.apply(layer(x))
+    assert type(y.grad_fn.next_functions[0][0]).__name__ == "ProductsBackward"             # for a view: CopySlices
+    y.sum().backward()
+    assert x.grad.shape == x.shape and error(x.grad, 2 * torch.ones(2, 3, 60) @ layer.weight.detach()) < 0.1
+
+
+def test_a_float32_product_of_bf16_numbers_in_three_bf16_parts_is_as_exact(monkeypatch):
+    x, dy = torch.randn(2, 30, 300).bfloat16(), torch.randn(2, 30, 17)
+    weight = torch.randn(17, 300) * torch.logspace(-3, 3, 17)[:, None]
+    assert torch.equal(sum(part.float() for part in fp8.parts(weight)), weight)
+    monkeypatch.setattr(backend, "multiply_in_parts", lambda x, dtype: dtype == torch.float32)
+    leaf, w = x.clone().requires_grad_(), torch.nn.Parameter(weight.clone())
+    y = fp8.linear(leaf, w, torch.float32)
+    assert y.dtype == torch.float32 and error(y, x.double() @ weight.double().t()) < 5e-7
+    y.backward(dy)
+    exact = dy.double() @ weight.double()
+    assert leaf.grad.dtype == torch.bfloat16 and error(leaf.grad, exact) < 1.01 * error(exact.bfloat16(), exact)
+    assert error(w.grad, dy.double().flatten(0, 1).t() @ x.double().flatten(0, 1)) < 5e-7
+    queue = []
+    w.queue, before = queue, w.grad.clone()
+    fp8.linear(leaf, w, torch.float32).backward(dy)
+    assert torch.equal(w.grad, before)
+    queue[0]()
+    assert torch.equal(w.grad, 2 * before)
 
 
 def test_the_gate_weight_of_a_row_gets_its_gradient_through_the_recomputed_swiglu():

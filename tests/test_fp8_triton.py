@@ -68,18 +68,16 @@ def test_what_was_kept_in_fp8_is_requantized_along_the_tokens_bit_for_bit(M, K):
         rows = slice(M // 3, M)                                                # the rows of one expert
         column = fp8_tiles.quantize_triton(kept[rows], rows=False, columns=True)[1]
         equal(column, quantize_torch(kept[rows].dequantize().t()))
-        kept = quantize_torch(x.to(DEVICE), fmt=E5M6, pow2=True)               # 12 bits, the scales in another layout
-        column = fp8_tiles.quantize_triton(kept[rows], pow2=True, rows=False, columns=True)[1]
-        equal(column, quantize_torch(kept[rows].dequantize().t(), pow2=True))
 
 
 @pytest.mark.parametrize("M, K", SHAPES)
-def test_what_the_linear_after_attention_keeps_is_the_references_bit_for_bit(M, K):
+def test_what_the_linear_after_attention_keeps_is_rounded_to_e5m6_on_the_way_bit_for_bit(M, K, monkeypatch):
+    monkeypatch.setattr(backend, "fp8_kernels", lambda device: ("Triton", "a test"))
     for name, x in samples(M, K).items():
         print(name)
-        q, expected = fp8_tiles.e5m6_triton(x.to(DEVICE)), quantize_torch(x.to(DEVICE), fmt=E5M6, pow2=True)
-        assert torch.equal(q.values.view(torch.int16), expected.values.view(torch.int16))
-        torch.testing.assert_close(q.scale, expected.scale, rtol=0, atol=0, equal_nan=True)
+        rows = x.to(DEVICE)[M // 3:]                                           # of one expert
+        kept = quantize_torch(rows, fmt=E5M6, pow2=True)
+        equal(fp8_tiles.quantize_columns(rows, E5M6), quantize_torch(kept.dequantize().t(), pow2=True))
 
 
 def close(ours, theirs):
@@ -199,11 +197,11 @@ def test_the_product_goes_to_whoever_is_faster(monkeypatch):
     monkeypatch.setattr(backend, "fp8_kernels", lambda device: ("Triton", "a test"))
     monkeypatch.setattr(backend, "hopper", lambda device: True)
     for M, blocks, add in ((256, True, False), (16, True, False), (256, False, False), (256, False, True),
-                           (254, False, True), (16, False, True)):
+                           (254, False, True), (16, False, True), (1536, True, False)):
         a, b = operands(M, 256, 256, blocks)
         y = torch.empty(M, 256, device=DEVICE, dtype=torch.bfloat16 if blocks else torch.float32)
         fp8_gemm.gemm(a, b, y, add=add)
-    assert taken == ["gemm_cublas", "gemm_few", "gemm_cublas", "gemm_wide", "gemm_plain", "gemm_wide"]
+    assert taken == ["gemm_cublas", "gemm_few", "gemm_cublas", "gemm_wide", "gemm_plain", "gemm_wide", "gemm_wide"]
 
 
 @pytest.mark.gpu

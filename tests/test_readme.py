@@ -60,8 +60,18 @@ def test_a_result_says_where_it_comes_from(section):
 
 @pytest.mark.parametrize("argv, said", [
     (["speed"], "sections"), (["char"], "--data"), (["char", "--data=README.md"], "--nanogpt"),
-    (["tiny", "--fast=1"], "--fast"), (["ablations", "--data=nothing.txt"], "--data")])
+    (["fp8", "--parts=product"], "there are products, few"), (["moe", "--shapes=V4"], "there are V3"),
+    (["step", "--parts=eager"], "graph"), (["tiny", "--fast=1"], "--fast"),
+    (["ablations", "--data=nothing.txt"], "--data")])
 def test_a_mistaken_bench_command_is_answered_in_one_line(argv, said):
     with pytest.raises(configs.UserError, match=said) as e:
         bench.main(argv)
     assert "\n" not in str(e.value)
+
+
+def test_a_run_of_some_parts_keeps_the_others_results_only_of_this_machine_and_day(tmp_path, monkeypatch):
+    monkeypatch.setattr(measure, "RESULTS", tmp_path)
+    measure.record("section", "a command", first=1, second=2)
+    assert measure.kept("section", "second", "third") == {"second": 2}
+    monkeypatch.setattr(measure, "here", lambda: {"gpu": "another"})
+    assert measure.kept("section", "second") == {}

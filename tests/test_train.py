@@ -10,16 +10,19 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import agree, save_tokenizer
+from conftest import GPU, agree, random_tokens, save_tokenizer, tiny
 from safetensors.torch import load_file
 
+import backend
 import configs
 import data
+import fp8
 import parallel
 import ranks
 import train
@@ -713,3 +716,39 @@ def test_running_out_of_memory_says_what_to_lower(tmp_path, monkeypatch):
     monkeypatch.setattr(V3, "loss", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):                                              # our own mistakes keep a trace
         go(tmp_path / "other")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="needs a CUDA GPU")
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_micro_batches_from_a_cuda_graph_train_the_same_bits_as_launched_ones(precision):
+    c = tiny(dim=128, inter_dim=256, moe_inter_dim=128, n_heads=4, q_lora_rank=64, kv_lora_rank=64, qk_nope_head_dim=32,
+             qk_rope_head_dim=16, v_head_dim=32, seq_len=64, precision=precision, init_std=0.05)
+    device = torch.device("cuda")
+    path, why = backend.training_graph(device, c)
+    if path != "CUDA graph":
+        pytest.skip(why)
+    tokens = random_tokens(5, 3, 2, c.seq_len + 2).to(device)                            # 5 steps of 3 micro-batches
+
+    def trained(form):
+        with device:
+            v3 = V3(c).train()
+        optimizer, micro_batch, losses = train.make_optimizer(c, v3.parameters()), form(v3), []
+        for p in v3.parameters():
+            p.queue = fp8.AtOnce()
+        for step, batch in enumerate(tokens):
+            for micro in batch:                                                          # step 4 is of other numbers
+                parts = micro_batch(micro, ([6 * c.seq_len] * 2, 6), 0.3 if step < 4 else 0.1)
+                losses.append([float(part) for part in parts.values()])
+            with torch.no_grad():
+                losses.append(v3(tokens[0, 0, :, :c.seq_len]).sum().item())              # makes copies of its own
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            for gate in v3.gates():
+                gate.update_bias(0.001)
+        return losses, list(v3.state_dict().values()), micro_batch
+
+    want, launched, _ = trained(lambda v3: partial(train.forward_backward, v3))
+    got, recorded, form = trained(train.Recorded)
+    assert form.graphs == {} and got == want                                             # step 4 was launched anew
+    assert all(map(torch.equal, launched, recorded))

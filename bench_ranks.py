@@ -1,6 +1,8 @@
 """bench.py memory and scaling: what each rank of a run holds, against what --plan says; what many ranks, and one, cost.
 """
+import contextlib
 import gc
+import io
 import json
 import multiprocessing
 import os
@@ -11,11 +13,11 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 
-import backend
 import cluster
 import configs
 import parallel
@@ -25,7 +27,7 @@ from configs import Config, UserError
 from data import Data
 from dualpipe import DualPipe
 from fp8 import AtOnce
-from measure import HERE, Allocated, call, lines, record
+from measure import HERE, Allocated, lines, record
 from model import V3
 
 # --- memory -----------------------------------------------------------------------------------------------------------
@@ -182,30 +184,53 @@ def memory(options):
 SHORT = ["configs/tiny.py", "--save_interval=0", "--eval_stride=0"]
 
 
-def plain(steps):
-    """The loop that one writes for a single process, with the model, data and optimizer of configs/tiny.py and nothing
-    of ranks, schedules, checkpoints and logs. Prints the seconds of each step as JSON."""
-    backend.keep_freed_memory()
-    c, times = configs.load(SHORT), []
-    data, v3 = Data(c), V3(c)
-    optimizer = train.make_optimizer(c, v3.parameters())
-    for p in v3.parameters():
-        p.queue = AtOnce()
-    for step in range(steps):
-        began = time.time()
-        for micro in data.batch(step, 0, 1).split(c.micro_batch_size):
+class Plain:
+    """The loop that one writes for a single process, with the model, data and optimizer of train.py and nothing of
+    ranks, schedules, checkpoints and logs."""
+
+    def __init__(self, c):
+        self.c, self.data, self.v3 = c, Data(c), V3(c)
+        self.optimizer, self.batch = train.make_optimizer(c, self.v3.parameters()), Data.batch
+        for p in self.v3.parameters():
+            p.queue = AtOnce()
+
+    def step(self, step):
+        c, v3 = self.c, self.v3
+        for micro in self.batch(self.data, step, 0, 1).split(c.micro_batch_size):
             loss, _ = v3.loss(micro, totals=([c.batch_size * c.seq_len] * (1 + c.n_mtp), c.batch_size))
             loss.backward()
         torch.nn.utils.clip_grad_norm_(v3.parameters(), c.grad_clip)
-        optimizer.step()
+        self.optimizer.step()
         for gate in v3.gates():
             gate.update_bias(c.bias_update_speed)
-        optimizer.zero_grad()
-        times.append(time.time() - began)
-    print("TIMES", json.dumps(times))
+        self.optimizer.zero_grad()
 
 
-def trained(processes, steps, *flags):
+def in_turns(steps):
+    """(seconds of each step of a plain loop, of each step of train.py) in one process, a step of one and then of the
+    other, so that whatever slows the machine slows both: train.py's asks for its batch, and gets it after the other's.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        argv = [*SHORT, f"--max_steps={steps}", f"--out_dir={folder}/run"]
+        with contextlib.redirect_stdout(io.StringIO()):
+            plain, marks = Plain(configs.load(argv)), []
+
+            def batch(data, step, *more):
+                marks.append(time.perf_counter())
+                plain.step(step)
+                marks.append(time.perf_counter())
+                return plain.batch(data, step, *more)
+            with mock.patch.object(Data, "batch", batch):
+                train.main(argv)
+    return [end - start for start, end in zip(marks[:-2:2], marks[1::2])], \
+        [end - start for start, end in zip(marks[1::2], marks[2::2])]
+
+
+WEAK = {"one process": (1, []), "dp2": (2, ["--batch_size=64"]), "ep2": (2, ["--batch_size=64", "--ep=2"]),
+        "pp2": (2, ["--batch_size=64", "--pp=2", "--micro_batch_size=8"])}
+
+
+def trained(processes, steps, flags):
     """Seconds of each step of train.py on so many processes, of a thread each."""
     with tempfile.TemporaryDirectory() as folder:
         many = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] * (processes > 1)
@@ -215,24 +240,22 @@ def trained(processes, steps, *flags):
         if run.returncode:
             raise UserError(f"train.py on {processes} processes failed: {run.stdout[-300:]} {run.stderr[-300:]}")
         rows, _ = lines(f"{folder}/run")
-    batch = next((int(flag.partition("=")[2]) for flag in flags if flag.startswith("--batch_size")), 32)
-    return [batch * 128 / row["tokens_per_s"] for row in rows]
-
-
-WEAK = {"one process": (1, []), "dp2": (2, ["--batch_size=64"]), "ep2": (2, ["--batch_size=64", "--ep=2"]),
-        "pp2": (2, ["--batch_size=64", "--pp=2", "--micro_batch_size=8"])}
+    return [processes * 32 * 128 / row["tokens_per_s"] for row in rows]
 
 
 def scaling(options):
-    """The default job in turns: the plain loop and train.py in one process; and with as much work for each of two."""
-    steps, load, runs = 40, os.getloadavg()[0], {"plain loop": [], **{name: [] for name in WEAK}}
-    for _ in range(int(options.get("repeats", 5))):
-        said = call(["-c", f"import torch, bench_ranks; torch.set_num_threads(1); bench_ranks.plain({steps})"], HERE)
-        runs["plain loop"].append(statistics.median(json.loads(said.split("TIMES")[1])))
+    """The default job, a thread a process: train.py against a plain loop, and with as much work for each of two."""
+    steps, load = 40, os.getloadavg()[0]
+    torch.set_num_threads(1)
+    plain, composed = in_turns(steps)
+    overhead = statistics.median(b / a for a, b in zip(plain, composed)) - 1
+    print(f"train.py against a plain loop: {overhead:+.1%}", flush=True)
+    runs = {name: [] for name in WEAK}
+    for _ in range(int(options.get("repeats", 3))):
         for name, (processes, flags) in WEAK.items():
-            runs[name].append(statistics.median(trained(processes, steps, *flags)))
+            runs[name].append(statistics.median(trained(processes, steps, flags)))
         print({name: f"{times[-1] * 1e3:.1f} ms" for name, times in runs.items()}, flush=True)
     step = {name: statistics.median(times) for name, times in runs.items()}
-    record("scaling", "python bench.py scaling", steps=steps, seconds=runs, load_before=load,
-           overhead=step["one process"] / step["plain loop"] - 1,
+    record("scaling", "python bench.py scaling", steps=steps, load_before=load, overhead=overhead,
+           plain_seconds=statistics.median(plain), composed_seconds=statistics.median(composed), seconds=runs,
            efficiency={name: step["one process"] / step[name] for name in WEAK if name != "one process"})

@@ -301,12 +301,13 @@ def tables():
         ms = {name: 1e3 * statistics.median(times) for name, times in m["seconds"].items()}
         out["scaling"] = "\n".join([
             "| a step of the default job | ms | |", "|---|---|---|",
-            f"| a plain loop | {ms['plain loop']:.0f} | |",
-            f"| train.py, one process | {ms['one process']:.0f} | {m['overhead']:+.1%} |",
+            f"| a plain loop | {1e3 * m['plain_seconds']:.0f} | |",
+            f"| train.py, step by step in turn with it | {1e3 * m['composed_seconds']:.0f} | {m['overhead']:+.1%} |",
+            f"| train.py, one process | {ms['one process']:.0f} | |",
             *(f"| train.py, {name}, twice the batch | {ms[name]:.0f} | {share:.0%} of twice the speed |"
               for name, share in m["efficiency"].items()), "",
-            f"{m['cpu']}, a thread a process, medians of {len(m['seconds']['dp2'])} runs in turn; the load of the "
-            f"machine by others before: {m['load_before']:.1f}."])
+            f"{m['cpu']}, a thread a process; medians of {m['steps']} steps in turn, and of {len(m['seconds']['dp2'])} "
+            f"runs in turn. Others were at work on the machine: its load before was {m['load_before']:.1f}."])
     for place in ("memory", "scaling"):
         out.setdefault(place, f"(Not measured yet: `python bench.py {place}`.)")
     if s:

@@ -48,7 +48,7 @@ def copies(c, nodes, here):
 
     def different(places):
         """Of so many places with as many experts each, how many hold one of the K."""
-        return places * (1 - comb(E - E // places, K) / comb(E, K))
+        return places * (1 - comb(E - max(1, E // places), K) / comb(E, K))
 
     reachable = max(1, round(nodes * open_share))
     there = different(reachable * here)
@@ -134,6 +134,28 @@ def chunk(c, mesh, module, kernels):
     return total, total - losses + again, passing      # an I makes at most that of what W needs
 
 
+def owned(mesh, held):
+    """[how many numbers each of the dp ranks at this place of the pipeline owns] of ranks.held. mesh: of the first."""
+    out = [0] * mesh.dp
+    for (experts, copied), those in mesh.sharers().items():
+        sizes = {name: p.numel() for name, (p, kind) in held.items() if kind == (experts, copied)}
+        load = [0] * len(those)
+        for name, owner in parallel.owners(sizes, len(those)).items():
+            load[owner] += sizes[name]
+        for rank in range(mesh.dp):
+            out[rank] += load[those.index(mesh.rank) + rank // (mesh.ep if experts else 1)]
+    return out
+
+
+def copied_weights(c, modules, kernels):
+    """Bytes of the copies that are made of weights once a step: in FP8 with their scales, or of experts in BF16."""
+    if c.precision == "bf16":
+        return 2 * sum(p.numel() for module in modules for p in module.parameters() if p.ndim == 3 and kernels)
+    eight = {p for part in modules for m in part.modules() if getattr(m, "recipe", None)
+             for p in m.parameters(recurse=False)}
+    return sum(p.numel() + 4 * prod(p.shape[:-2]) * prod(-(-n // 128) for n in p.shape[-2:]) for p in eight)
+
+
 def memory(c, mesh, kernels, a=None):
     """What the ranks that stand where `mesh` does in a pipeline hold, the fullest of them: a dict of bytes: "weights"
     (FP32), "copies" (of them, in FP8 or BF16), "gradients", "moments", "activations" (of all chunks that are under way
@@ -145,24 +167,13 @@ def memory(c, mesh, kernels, a=None):
     mesh, c = replace(mesh, rank=mesh.pp_rank * mesh.dp), whole_micro_batches(c, mesh)         # the first of them
     with torch.device("meta"):
         modules = ranks.parts(c, mesh, initialize=False, a=a)
-    held, owned, sent = ranks.held(c, mesh, modules), [0] * mesh.dp, {"between": 0, "inside": 0}
+    held, sent = ranks.held(c, mesh, modules), {"between": 0, "inside": 0}
+    mine, here = owned(mesh, held), sum(p.numel() for p, _ in held.values())
     for kind, those in mesh.sharers().items():
-        sizes, step = {name: p.numel() for name, (p, k) in held.items() if k == kind}, mesh.ep if kind[0] else 1
         machines = {rank // (mesh.world // mesh.nodes) for rank in those}
         each = (2 if c.grad_sum == "bf16" else 4) + 4 if len(those) > 1 else 0
-        sent["between" if len(machines) > 1 else "inside"] += each * sum(sizes.values())
-        load = [0] * len(those)
-        for name, owner in parallel.owners(sizes, len(those)).items():
-            load[owner] += sizes[name]
-        for rank in range(mesh.dp):
-            owned[rank] += load[those.index(mesh.rank) + rank // step]
-    here, low = sum(p.numel() for p, _ in held.values()), set()
-    for module in (m for part in modules for m in part.modules()):
-        if getattr(module, "recipe", None):
-            low |= set(module.parameters(recurse=False))
-    copies = sum(p.numel() + 4 * prod(p.shape[:-2]) * prod(-(-n // 128) for n in p.shape[-2:]) for p in low)
-    if kernels and c.precision == "bf16":
-        copies = 2 * sum(p.numel() for p, (experts, _) in held.values() if experts)
+        sent["between" if len(machines) > 1 else "inside"] += each * sum(
+            p.numel() for p, k in held.values() if k == kind)
     sizes, late, passing = zip(*(chunk(c, mesh, module, kernels) for module in modules))
     micro_batches = math.ceil(c.batch_size / (mesh.dp * c.micro_batch_size))
     under_way = activations = 0
@@ -170,13 +181,13 @@ def memory(c, mesh, kernels, a=None):
         for part, dir, _ in reversed(step.parts):                                      # a pair begins with its backward
             under_way += {"F": sizes[dir], "B": -sizes[dir], "I": late[dir] - sizes[dir], "W": -late[dir]}[part]
             activations = max(activations, under_way)
-    out = {"weights": 4 * here, "copies": copies, "gradients": 4 * here,
-           "moments": 2 * (4 if c.moments == "fp32" else 2) * (max(owned) if c.zero1 else here),
+    out = {"weights": 4 * here, "copies": copied_weights(c, modules, kernels), "gradients": 4 * here,
+           "moments": 2 * (4 if c.moments == "fp32" else 2) * (max(mine) if c.zero1 else here),
            "activations": activations, "passing": max(passing)}
     # The gradients of a single micro-batch come as its activations go.
     once = max(out["gradients"], activations) if micro_batches == 1 else out["gradients"] + activations
     out |= {"most": sum(out[what] for what in ("weights", "copies", "moments", "passing")) + once,
-            "average": 4 * max(owned) if c.ema_decay else 0, "parameters": here, "owned": sum(owned), **sent}
+            "average": 4 * max(mine) if c.ema_decay else 0, "parameters": here, "owned": sum(mine), **sent}
     return {what: round(n) for what, n in out.items()}
 
 
@@ -274,13 +285,13 @@ def plan(c, mesh, cluster=None, a=None):
 
 # --- what --plan prints -----------------------------------------------------------------------------------------------
 
-def stages(c, mesh, a=None):
+def everywhere(c, mesh, a=None):
     """[memory of the ranks at each place of a pipeline], on the kernels of a Hopper GPU if the precision is theirs."""
     return [memory(c, place, c.precision != "fp32", a) for place in places(mesh)]
 
 
 def fullest(*args):
-    return max(stages(*args), key=lambda m: m["most"])
+    return max(everywhere(*args), key=lambda m: m["most"])
 
 
 def techniques(c, mesh, a):
@@ -291,8 +302,7 @@ def techniques(c, mesh, a):
         "BF16 moments": c.moments == "bf16" and (c.replace(moments="fp32"), mesh, a),
         "FP8": c.precision.startswith("fp8") and (c.replace(precision="bf16"), mesh, a),
         "recomputing": (c.recompute or c.recompute_mla) and (c.replace(recompute=False, recompute_mla=False), mesh, a),
-        "one copy of each stage": mesh.pp > 1 and c.pipeline == "dualpipev" and (c.replace(pipeline="dualpipe"), mesh,
-                                                                               a)}
+        "one copy of each stage": pipeline(c, mesh) == "dualpipev" and (c.replace(pipeline="dualpipe"), mesh, a)}
     found = {name: fullest(*args) for name, args in without.items() if args}
     if c.ema_decay:
         m = fullest(c, mesh, a)
@@ -320,7 +330,7 @@ def report(c, mesh, train_tokens, a):
     """What --plan prints of a layout: speed, cost of train_tokens, and what each rank sends and holds, with and without
     each technique."""
     numbers, rows = plan(c, mesh, a=a)
-    held, hours = stages(c, mesh, a), train_tokens / numbers["tokens_per_s"] / 3600
+    held, hours = everywhere(c, mesh, a), train_tokens / numbers["tokens_per_s"] / 3600
     top, most = max(held, key=lambda m: m["most"]), {what: max(m[what] for m in held) for what in held[0]}
     size, unit = (1e9, "GB") if top["most"] > 1e10 else (1e6, "MB")
     GB = lambda n: f"{n / size:,.1f} {unit}"

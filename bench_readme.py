@@ -285,7 +285,7 @@ def tables():
             out["step"] += (
                 f"\n\nThe same of `config/gpu.py`, whose kernels are short: {small['launched']:,.0f} tokens/s "
                 f"launched, {small['graph']:,.0f} as a graph ({small['graph'] / small['launched']:.2f}x), "
-                f"{small['graph, FP8']:,.0f} of them in FP8, which costs more than it brings at 512 dims.")
+                f"and {small['graph, FP8']:,.0f} in FP8, which costs more than it brings at 512 dims.")
     held = [(layout, max(layout["rows"], key=lambda row: sum(real for real, _ in row.values())), file)
             for file in ("memory", "memory_gpu") if (m := load(file)) for layout in m["layouts"]]
     if held:

@@ -75,6 +75,7 @@ def many_ranks(m):
                   f"{'%.1f' % (r['peak_bytes'] / 1e9) if r['peak_bytes'] else ''} | {r['planned_bytes'] / 1e9:.1f} | "
                   + (f"{r['computed'] / r['simulated'] - 1:+.1%}" if "simulated" in r else "") + " |"
                   for r in m["scaling"]["rows"])]
+        out += ["", m["scaling"]["note"] + "."] if "note" in m["scaling"] else []
     if "restart" in m and m["restart"]["code"] == 0:
         r = m["restart"]
         out += ["", f"A rank killed in step 13 of 20, under `torchrun --max-restarts=1`: the job went on from "

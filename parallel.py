@@ -342,8 +342,10 @@ def claimed(out_dir, mesh):
         yield
     finally:
         if lock:
-            if made and os.listdir(path) == ["lock"]:
-                shutil.rmtree(path, ignore_errors=True)
+            with contextlib.suppress(OSError):                           # gone already, or somebody's by now
+                if made and os.listdir(path) == ["lock"]:
+                    os.unlink(path / "lock")
+                    os.rmdir(path)
             lock.close()
 
 

@@ -92,7 +92,7 @@ def plan(c, device, mesh, data=None):
         ("work", f"{a['flops'] / 1e9:.3g} GFLOPs per training token; {c.max_steps} steps, "
                  f"{human(train_tokens)} tokens"),
         ("memory", f"{human(states, 'B')} weights, gradients, moments ({states / m['parameters']:.1f} bytes per "
-                   f"parameter) + {human(m['activations'], 'B')} activations; at most about {human(m['most'], 'B')}"
+                   f"parameter) + {human(m['activations'], 'B')} activations; in all about {human(m['most'], 'B')}"
                    + (" on the ranks like rank 0" if mesh.world > 1 else "")),
         ("latent cache", f"{a['cache_bytes']:,} bytes per token in BF16"),
         ("device", f"{backend.name(device)}, {c.precision}, torch {torch.__version__}"),
@@ -199,12 +199,11 @@ class Recorded:
             return forward_backward(self.v3, tokens, totals, mtp_weight)
         if first not in self.graphs:
             self.record(first, tokens, totals, mtp_weight)
-        graph, parts = self.graphs[first]
+        graph, parts, grads = self.graphs[first]
         self.tokens.copy_(tokens)
         graph.replay()
-        if first:
-            for p, grad in zip(self.params, self.grads):
-                p.grad = grad
+        for p, grad in zip(self.params, grads):
+            p.grad = grad
         return parts
 
     def record(self, first, *arguments):
@@ -216,9 +215,7 @@ class Recorded:
             pool = self.graphs[True][0].pool()                      # never under way at the same time: the same memory
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):          # NCCL has a thread too
             parts = forward_backward(self.v3, self.tokens, *arguments[1:])
-        self.graphs[first] = graph, parts
-        if first:
-            self.grads = [p.grad for p in self.params]
+        self.graphs[first] = graph, parts, [p.grad for p in self.params]
 
 
 # --- during the run ---------------------------------------------------------------------------------------------------
@@ -429,7 +426,7 @@ def run(c, device, mesh, newest, command):
     recorded = backend.training_graph(device, c, mesh.world)[0] == "CUDA graph"
     micro_batch = Recorded(modules[0]) if recorded else partial(forward_backward, modules[0])
     for p in modules[0].parameters() if mesh.world > 1 and not pipe else ():
-        p.register_post_accumulate_grad_hook(shares.arrived)
+        p.register_post_accumulate_grad_hook(shares.arrived)       # called too where a queue has added the gradient
 
     peak = backend.peak_flops(device, c.precision)
     tokenizer = tokenizer_json(data.tokenizer).decode()
@@ -464,7 +461,7 @@ def run(c, device, mesh, newest, command):
                 parts = ranks.pipelined(c, pipe, batch, totals, mtp_weight(c, step))
             else:
                 for micro in batch.split(c.micro_batch_size):
-                    share = micro_batch(micro, totals, mtp_weight(c, step))
+                    share = micro_batch(micro, totals, mtp_weight(c, step) if c.n_mtp else 0.0)
                     parts = {name: parts[name] + share[name] for name in parts}
             shares.sum_gradients()
             norm = shares.clip(c.grad_clip or math.inf, mesh)

@@ -375,6 +375,11 @@ SECTIONS = {"tiny": tiny, "char": char, "ablations": ablations, "speculation": s
 OPTIONS = {"data": "FILE", "nanogpt": "DIR", "out_dir": "RUN", "seeds": "N", "repeats": "N", "parts": "A,B",
            "shapes": "A,B", "device": "cpu"}
 
+TAKES = {"char": ("data", "nanogpt", "repeats"), "ablations": ("data", "seeds"), "fp8_loss": ("data", "seeds"),
+         "fp8_quality": ("data",), "speculation": ("out_dir",), "loads": ("out_dir",), "pipeline": ("repeats",),
+         "scaling": ("repeats",), "moe": ("parts", "shapes"), "step": ("parts",), "fp8": ("parts",),
+         "cluster": ("parts", "device")}
+
 
 def main(argv):
     if not argv or argv[0] in ("--help", "-h"):
@@ -387,6 +392,9 @@ def main(argv):
         key, equals, value = arg.removeprefix("--").partition("=")
         if not arg.startswith("--") or not equals or key not in OPTIONS:
             raise UserError(f"{arg}: options are {' '.join(f'--{name}={value}' for name, value in OPTIONS.items())}")
+        if key not in TAKES.get(argv[0], ()):
+            takes = " ".join(f"--{name}={OPTIONS[name]}" for name in TAKES.get(argv[0], ()))
+            raise UserError(f"{arg}: bench.py {argv[0]} takes {takes or 'no options'}")
         if key in ("seeds", "repeats") and not (value.isdigit() and int(value)):
             raise UserError(f"{arg}: a whole number from 1 up")
         options[key] = value

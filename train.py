@@ -109,6 +109,8 @@ def plan(c, device, mesh, data=None):
         i = data.identity
         rows.insert(2, ("data", f"{i['source']}: {i['documents']} documents, {human(i['train_tokens'])} tokens "
                                 f"({train_tokens / i['train_tokens']:.1f} epochs)"))
+    if c.plan and mesh.world > 1:                      # of Hopper GPUs, whose memory cluster.report tells rank by rank
+        rows = [row for row in rows if row[0] != "memory"]
     print("\n".join(f"  {what:13} {text}" for what, text in rows), flush=True)
     return a
 
@@ -192,7 +194,7 @@ class Recorded:
         self.v3, self.params, self.key, self.graphs = v3, list(v3.parameters()), None, {}
 
     def __call__(self, tokens, totals, mtp_weight):
-        key, first = (tokens.shape, totals, mtp_weight), self.params[0].grad is None
+        key, first = (tokens.shape, totals, mtp_weight), self.params[0].grad is None        # as a step has left it
         if key != self.key or not (first or self.graphs):
             # A whole step without: kernels that are compiled, or choose their tiles, can't be recorded meanwhile.
             self.key, self.graphs = key, {}
@@ -309,6 +311,8 @@ def main(argv, mesh=None):
     if not argv or argv[0].startswith("--"):
         raise UserError("give a config first: python train.py config/tiny.py [--key=value ...]; --help lists the keys")
     c = model_config(configs.load(argv), argv)
+    if c.world and not c.plan:
+        raise UserError(f"--world={c.world}: only --plan takes it; torchrun --nproc-per-node=N starts ranks")
     if c.plan and c.world:
         each = cluster.Cluster.per_node
         mesh = parallel.Mesh(world=c.world, nodes=c.world // each if c.world % each == 0 else 1)

@@ -682,12 +682,12 @@ def cluster_of_gpus(options):
     device = options.get("device", "cuda")
     if device not in ("cuda", "cpu"):
         raise UserError(f"--device={device}: there are cuda and cpu")
+    parts, name = chosen(options, "parts", SECTIONS), "cluster" if device == "cuda" else "cluster_cpu"
     have = torch.cuda.device_count() if device == "cuda" else 2
     world = max((n for n in (2, 4, 8) if n <= have), default=0)
     if not world:
         raise UserError(f"bench.py cluster: at least 2 GPUs are needed, and here is {have}; --device=cpu shows it on "
                         f"two processes")
-    parts, name = chosen(options, "parts", SECTIONS), "cluster" if device == "cuda" else "cluster_cpu"
     numbers = kept(name, *(part for part in SECTIONS if part not in parts))
     with tempfile.TemporaryDirectory() as folder:
         folder, began, failed = Path(folder), time.time(), []

@@ -133,7 +133,8 @@ class Mesh:
             f"{self.ep_nodes} machines, and they don't divide n_expert_groups = {c.n_expert_groups}")
         for size in batches:
             fit(size % self.dp == 0, "batch_size", f"{size} sequences can't be shared out evenly over dp = {self.dp} "
-                f"ranks; give a multiple, or other ranks" + (f"; --batch_multiple={self.dp} keeps to those that can" if c.batch_ramp else ""))
+                f"ranks; give a multiple of that" + (f", and --batch_multiple={self.dp}, which keeps the ramp to those "
+                                                     f"that can" if c.batch_ramp else ""))
         return self
 
     def device(self, device):

@@ -308,7 +308,8 @@ def tables():
             *(f"| train.py, {name}, twice the batch | {ms[name]:.0f} | {share:.0%} of twice the speed |"
               for name, share in m["efficiency"].items()), "",
             f"{m['cpu']}, a thread a process; medians of {m['steps']} steps in turn, and of {len(m['seconds']['dp2'])} "
-            f"runs in turn. Others were at work on the machine: its load before was {m['load_before']:.1f}."])
+            f"rounds of runs, of each the fastest tenth of its steps: others were at work on the machine (its load "
+            f"before: {m['load_before']:.1f})."])
     for place in ("memory", "scaling"):
         out.setdefault(place, f"(Not measured yet: `python bench.py {place}`.)")
     if s:

@@ -250,9 +250,13 @@ def training_graph(device, c, world=1):
         return "launched", "no GPU" if c.graph else "--graph=False"
     if c.compile or world > 1:
         return "launched", "torch.compile's own" if c.compile else "ranks send tokens and gradients in between"
+    if c.precision == "fp8_reference":
+        return "launched", "the reference was asked for"
+    if c.batch_size > c.micro_batch_size and c.batch_size % c.micro_batch_size:
+        return "launched", "the last micro-batch is a smaller one: micro_batch_size does not divide batch_size"
     dtype, fp8 = torch.float32 if c.precision == "fp32" else torch.bfloat16, c.precision == "fp8"
     path, why = experts(device, dtype, (c.dim, c.moe_inter_dim), fp8)
-    if path != "Triton" or c.precision == "fp8_reference":
+    if path != "Triton":
         return "launched", f"the experts' rows are counted by the host ({why})"
     return "CUDA graph", "a micro-batch's kernels are started as one"
 

@@ -3,8 +3,8 @@
     tiny        the default job: python train.py config/tiny.py, as a user runs it
     char        time to nanoGPT's final loss: python bench.py char --data=FILE --nanogpt=CLONE
     ablations   MTP, balancing, dense against a mixture, on char: python bench.py ablations --data=FILE
-    speculation drafted against plain generation (sample.py --speculate), on held-out text; --out_dir=RUN takes a run
-                that is there, of a context of 256 tokens, in place of training one
+    speculation drafted against plain generation (sample.py --speculate), on held-out text, by a model trained first (on
+                a GPU configs/bench_1b.py's, 1000 steps), or by the run --out_dir=RUN, of a context of 256 tokens
     loads       which experts work: over the steps of a training run, and on library code, tests and documentation
     decode      attention over the latent cache against torch.compile; tokens/s of generation (needs a GPU)
     attention   training attention, norm, RoPE and recomputation on a GPU: python bench.py attention
@@ -45,13 +45,14 @@ import tempfile
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
 
+import backend
 import configs
 import sample
-from backend import use_graph
 from bench_cluster import cluster_of_gpus
 from bench_fp8 import fp8_error, fp8_loss, fp8_on_a_gpu, fp8_quality, fp8_tiny, moments
 from bench_mla import attention, decode
@@ -60,10 +61,13 @@ from bench_pipeline import overlap, pipeline
 from bench_ranks import memory, scaling
 from bench_readme import readme
 from configs import UserError
-from data import documents, split
+from data import Data, documents, split
 from experts_few import MAX_TOKENS
+from fp8 import AtOnce
 from measure import HERE, call, checkpoints_of, lines, record, train
+from model import V3
 from parallel import latest, read_state
+from train import Recorded, bias_update_speed, forward_backward, learning_rate, make_optimizer, mtp_weight
 
 # --- tiny: the default job --------------------------------------------------------------------------------------------
 
@@ -222,7 +226,7 @@ def parts_of_a_step(v3, prompt, drafts, repeats=48):
         h = v3.hidden(batch.tokens, batch.cache)[0]
         kept = batch.tokens.clone(), torch.ones_like(batch.lengths)                      # a step's tokens: one stands
         run = lambda: step(batch, h, *kept)
-        return batch.graph(run) if use_graph(v3.config, batch.tokens, MAX_TOKENS) else run
+        return batch.graph(run) if backend.use_graph(v3.config, batch.tokens, MAX_TOKENS) else run
 
     calls = {"plain": part(0, lambda batch, *_: batch.step()),
              "main": part(drafts, lambda batch, *_: v3.logits(v3.hidden(batch.tokens, batch.cache)[0]).argmax(-1)),
@@ -238,15 +242,46 @@ def parts_of_a_step(v3, prompt, drafts, repeats=48):
     return {name: min(t) for name, t in times.items()}
 
 
+def trained_here(c):
+    """A Config's model after all its steps, and its Data: train.run's loop without a checkpoint, which for
+    configs/bench_1b.py would be 10 GB and take longer than the training."""
+    data, device = Data(c), backend.device(c.device)
+    with device:
+        v3 = V3(c).train()
+    recorded = backend.training_graph(device, c)[0] == "CUDA graph"
+    micro_batch = Recorded(v3) if recorded else partial(forward_backward, v3)
+    optimizer = make_optimizer(c, v3.parameters())
+    totals = [c.batch_size * c.seq_len] * (c.n_mtp + 1), c.batch_size
+    for p in v3.parameters():
+        p.queue = AtOnce()
+    for i in range(c.max_steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(c, i)
+        parts = micro_batch(data.batch(i, 0, 1).to(device), totals, mtp_weight(c, i))
+        torch.nn.utils.clip_grad_norm_(v3.parameters(), c.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        for gate in v3.gates():
+            gate.update_bias(bias_update_speed(c, i))
+        if (i + 1) % 100 == 0:
+            print(f"step {i + 1}: loss {parts['loss'].item():.3f}, mtp {parts['mtp_loss'].item():.3f}", flush=True)
+    return v3.eval(), data
+
+
 def speculation(options):
-    """The first 64 bytes of each of 50 held-out documents and the 128 tokens behind them, greedily, one by one."""
-    with tempfile.TemporaryDirectory() as folder:
-        out_dir = options.get("out_dir", f"{folder}/run")
-        if "out_dir" not in options:                           # twice the default's context, for as many tokens a step
-            train("configs/tiny.py", "--seq_len=256", "--batch_size=16", "--micro_batch_size=16",
-                  f"--out_dir={out_dir}")
+    """The first 64 bytes of each of 50 held-out documents and the 128 tokens behind them, greedily, one by one: by the
+    model of a run, or by one that is trained first, on a GPU configs/bench_1b.py's with MTP."""
+    out_dir = options.get("out_dir", "a model trained here")
+    if "out_dir" in options:
         state = read_state(latest(out_dir))
         v3, tokenizer, _ = sample.load(out_dir)
+        steps, identity = state["step"], state["data"]
+    else:                                                      # twice the default's context, for as many tokens a step
+        flags = ["configs/bench_1b.py", "--vocab_size=8192", "--n_mtp=1", "--moments=bf16", "--batch_size=4",
+                 "--micro_batch_size=4"] if torch.cuda.is_available() else \
+            ["configs/tiny.py", "--seq_len=256", "--batch_size=16", "--micro_batch_size=16"]
+        v3, data = trained_here(configs.load(flags))
+        tokenizer, steps, identity = data.tokenizer, v3.config.max_steps, data.identity
     if not v3.mtp:
         raise UserError(f"bench.py speculation: the model in {out_dir} has no MTP module to draft with (n_mtp is 0)")
     _, held_out = split(documents(v3.config.data))
@@ -285,7 +320,7 @@ def speculation(options):
     record("speculation_gpu" if cuda else "speculation", "python bench.py speculation" + given, prompts=len(prompts),
            tokens=tokens,
            config={"dim": v3.config.dim, "n_layers": v3.config.n_layers, "precision": v3.config.precision,
-                   "steps": state["step"]}, plain_tokens_per_s=tokens / plain, modes=modes, data=state["data"])
+                   "steps": steps}, plain_tokens_per_s=tokens / plain, modes=modes, data=identity)
 
 
 # --- loads: which experts work ----------------------------------------------------------------------------------------
@@ -340,6 +375,11 @@ SECTIONS = {"tiny": tiny, "char": char, "ablations": ablations, "speculation": s
 OPTIONS = {"data": "FILE", "nanogpt": "DIR", "out_dir": "RUN", "seeds": "N", "repeats": "N", "parts": "A,B",
            "shapes": "A,B", "device": "cpu"}
 
+TAKES = {"char": ("data", "nanogpt", "repeats"), "ablations": ("data", "seeds"), "fp8_loss": ("data", "seeds"),
+         "fp8_quality": ("data",), "speculation": ("out_dir",), "loads": ("out_dir",), "pipeline": ("repeats",),
+         "scaling": ("repeats",), "moe": ("parts", "shapes"), "step": ("parts",), "fp8": ("parts",),
+         "cluster": ("parts", "device")}
+
 
 def main(argv):
     if not argv or argv[0] in ("--help", "-h"):
@@ -352,6 +392,9 @@ def main(argv):
         key, equals, value = arg.removeprefix("--").partition("=")
         if not arg.startswith("--") or not equals or key not in OPTIONS:
             raise UserError(f"{arg}: options are {' '.join(f'--{name}={value}' for name, value in OPTIONS.items())}")
+        if key not in TAKES.get(argv[0], ()):
+            takes = " ".join(f"--{name}={OPTIONS[name]}" for name in TAKES.get(argv[0], ()))
+            raise UserError(f"{arg}: bench.py {argv[0]} takes {takes or 'no options'}")
         if key in ("seeds", "repeats") and not (value.isdigit() and int(value)):
             raise UserError(f"{arg}: a whole number from 1 up")
         options[key] = value

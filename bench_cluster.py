@@ -679,18 +679,18 @@ SECTIONS = {"parity": measure_parity, "exchange": measure_exchange, "overlap": m
 
 
 def cluster_of_gpus(options):
-    device = options.get("device", "cuda" if torch.cuda.is_available() else "cpu")
+    device = options.get("device", "cuda")
     if device not in ("cuda", "cpu"):
         raise UserError(f"--device={device}: there are cuda and cpu")
+    parts, name = chosen(options, "parts", SECTIONS), "cluster" if device == "cuda" else "cluster_cpu"
     have = torch.cuda.device_count() if device == "cuda" else 2
     world = max((n for n in (2, 4, 8) if n <= have), default=0)
     if not world:
         raise UserError(f"bench.py cluster: at least 2 GPUs are needed, and here is {have}; --device=cpu shows it on "
                         f"two processes")
-    parts, name = chosen(options, "parts", SECTIONS), "cluster" if device == "cuda" else "cluster_cpu"
     numbers = kept(name, *(part for part in SECTIONS if part not in parts))
     with tempfile.TemporaryDirectory() as folder:
-        folder, began = Path(folder), time.time()
+        folder, began, failed = Path(folder), time.time(), []
         warming = [Ranks("warm", {i: case}, 1, device, folder, i % world) for i, case in
                    enumerate(("bench_1b", *overlap_cases(device)[::2]))] if device == "cuda" else []
         for part in parts:
@@ -703,9 +703,13 @@ def cluster_of_gpus(options):
                 numbers[part] = SECTIONS[part](world, device, folder)
             except Exception:
                 traceback.print_exc()
+                failed.append(part)
                 continue
             numbers[part]["took"] = time.time() - started
             record(name, "python bench.py cluster", gpus=world, **numbers)
         while warming:
             warming.pop().results(1)
         print(f"{time.time() - began:.0f} s in all")
+    if failed:
+        raise UserError(f"bench.py cluster: {', '.join(failed)} failed, as told above; try again with "
+                        f"--parts={','.join(failed)}")

@@ -126,7 +126,7 @@ def on_ranks(c, world, seconds=120):
         processes = [context.Process(target=one_rank, args=(rank, world, port, c, folder)) for rank in range(world)]
         [p.start() for p in processes]
         [p.join(seconds) for p in processes]
-        [p.kill() for p in processes if p.is_alive()]
+        [p.kill() or p.join() for p in processes if p.is_alive()]
         if any(p.exitcode for p in processes):
             raise UserError(f"bench.py memory: a rank of {world} failed")
         return [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(world)]

@@ -36,14 +36,15 @@ def many_ranks(m):
     out = [f"{where}, torch {m['torch']}."]
     if "parity" in m:
         rows = {(r["layout"], r["precision"]): r for r in m["parity"]["rows"]}
-        cell = lambda r: f"{r['loss']:.0e} | {r['weights']:.0e} | {r['gradients']:.0e}" if r else " | | "
+        cell = lambda r: f"{r['loss']:.0e} | {r['weights']:.0e} | {r['all_gradients']:.0e}, {r['gradients']:.0e}" \
+            if r else " | | "
         out += ["", f"| {m['parity']['steps']} steps of a small V3 against one rank | FP32: losses | weights | "
                     "gradients of step 1 | BF16: losses | weights | gradients |", "|---|---|---|---|---|---|---|",
                 *(f"| {layout} | {cell(rows.get((layout, 'fp32')))} | {cell(rows.get((layout, 'bf16')))} |"
                   for layout in dict.fromkeys(layout for layout, _ in rows)), "",
-                "Relative differences: of the worst step, of all weights together, of the worst gradient. Where "
-                "experts are spread, their sums are rounded to BF16 once more, and a token whose gate is near a tie "
-                "goes to another expert: one of n rows more or less changes its gradient by about 1 / sqrt(n)."]
+                "Relative differences: of the worst step, of all weights together, of all gradients and of the worst. "
+                "Where experts are spread, their sums are rounded to BF16 once more, and a token whose gate is near a "
+                "tie goes to another expert: one of n rows more or less changes its gradient by about 1 / sqrt(n)."]
     if "exchange" in m:
         e = m["exchange"]
         out += ["", f"| what experts send, {e['tokens']:,} tokens of V3 | nodes x ranks | MB to others | ms | GB/s | "
@@ -70,10 +71,11 @@ def many_ranks(m):
         out += ["", "| model, parameters | ranks | tokens/s | MFU | of one GPU's tokens/s, each | memory of a GPU, GB "
                     "| planned | makespan against simulated |", "|---|---|---|---|---|---|---|---|",
                 *(f"| {r['model']}, {r['parameters'] / 1e9:.2f}B | {r['layout']} | {r['tokens_per_s']:,.0f} | "
-                  f"{share(r['mfu'])} | {share(r['efficiency'])} | {r['peak_bytes'] / 1e9:.1f} | "
-                  f"{r['planned_bytes'] / 1e9:.1f} | "
+                  f"{share(r['mfu'])} | {share(r['efficiency'])} | "
+                  f"{'%.1f' % (r['peak_bytes'] / 1e9) if r['peak_bytes'] else ''} | {r['planned_bytes'] / 1e9:.1f} | "
                   + (f"{r['computed'] / r['simulated'] - 1:+.1%}" if "simulated" in r else "") + " |"
                   for r in m["scaling"]["rows"])]
+        out += ["", m["scaling"]["note"] + "."] if "note" in m["scaling"] else []
     if "restart" in m and m["restart"]["code"] == 0:
         r = m["restart"]
         out += ["", f"A rank killed in step 13 of 20, under `torchrun --max-restarts=1`: the job went on from "
@@ -204,12 +206,15 @@ def tables():
             *(line(f"... {what}", lambda r, what=what: GB(r["bytes"][what])) for what in sides[0]["bytes"]), "",
             f"{part['gpu']}. FP8 against BF16: {part['speedup']:.2f}x the speed, {part['memory']:.2f}x the memory."])
     if quality:
+        epoch = quality["data"]["train_tokens"] // (32 * 1024)
+        once = [statistics.mean(r["curve"][epoch - 100:epoch]) for r in quality["runs"]]
         out["fp8_quality"] = "\n".join([
-            "| | training loss, mean of the last 100 steps | against the first | validation loss | tokens/s |",
-            "|---|---|---|---|---|",
-            *(f"| {r['name']} | {r['loss']:.4f} | {r['difference']:+.2%} | "
+            f"| | training loss, last 100 steps of the first pass over the text (to step {epoch}) | against the first "
+            f"| of {quality['steps'] * 32 * 1024 / quality['data']['train_tokens']:.1f} passes | against the first "
+            f"| validation loss | tokens/s |", "|---|---|---|---|---|---|---|",
+            *(f"| {r['name']} | {early:.4f} | {early / once[0] - 1:+.2%} | {r['loss']:.4f} | {r['difference']:+.2%} | "
               + (f"{r['val_loss']:.4f}" if r["val_loss"] else "-") + f" | {r['tokens_per_s']:,.0f} |"
-              for r in quality["runs"]), "",
+              for r, early in zip(quality["runs"], once)), "",
             f"{quality['gpus']} x {quality['gpu']}, the three at once, {quality['steps']} steps of 32 sequences.", "",
             "![loss in BF16 and FP8, and their distance](results/fp8_quality.png)"])
     if small:
@@ -281,7 +286,7 @@ def tables():
             out["step"] += (
                 f"\n\nThe same of `config/gpu.py`, whose kernels are short: {small['launched']:,.0f} tokens/s "
                 f"launched, {small['graph']:,.0f} as a graph ({small['graph'] / small['launched']:.2f}x), "
-                f"{small['graph, FP8']:,.0f} of them in FP8, which costs more than it brings at 512 dims.")
+                f"and {small['graph, FP8']:,.0f} in FP8, which costs more than it brings at 512 dims.")
     held = [(layout, max(layout["rows"], key=lambda row: sum(real for real, _ in row.values())), file)
             for file in ("memory", "memory_gpu") if (m := load(file)) for layout in m["layouts"]]
     if held:

@@ -323,7 +323,7 @@ def layers(c, mesh, a):
 
 
 COLUMNS = {"weights": "weights", "copies": "copies", "gradients": "gradients", "moments": "moments",
-           "activations": "activations", "passing": "passing", "most": "at most"}
+           "activations": "activations", "passing": "passing", "most": "in all"}
 
 
 def report(c, mesh, train_tokens, a):

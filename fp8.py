@@ -237,7 +237,7 @@ class Product(torch.autograd.Function):
         if ctx.split:
             three = parts(rows[0])
             if ctx.needs_input_grad[0]:
-                high, rest, _ = parts(w)
+                high, rest, _ = parts(w)                                       # (dy0 + dy1) w0 + dy0 w1
                 dx = mm(torch.cat([*three[:2], three[0]], 1), torch.cat([high, high, rest]), x.dtype).view_as(x)
             wgrad = lambda: mm(torch.cat(three, 1).t(), rows[1], torch.float32).view(3, *w.shape).sum(0)
         else:

@@ -462,7 +462,8 @@ class Hop:
 
     def sized(self, send, receive):
         """How many rows go to each rank and how many come from it, once the host knows it; returns itself."""
-        self.send, self.receive, self.order = send, receive, self.order[:sum(send)]
+        self.send, self.receive = send, receive
+        self.order = self.order[:sum(send)].clone()                 # and not all that nonzero_static made room for
         return self
 
     def exchange(self, t, send, receive):

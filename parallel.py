@@ -115,12 +115,16 @@ class Mesh:
         self.pp, self.ep, self.dp = c.pp, c.ep, c.dp or self.world // c.pp
         remedy = "give another --world" if c.plan and c.world else \
             "torchrun --nproc-per-node=N starts N on a machine; --plan only looks"
+        ranks = f"{self.world} rank{'s' * (self.world > 1)}"
+        fit(self.world % self.pp == 0, "pp", f"{ranks} can't be cut into pipelines of so many; {remedy}")
         fit(self.world == self.pp * self.dp, "dp" if c.dp else "pp", f"pp * dp must be the number of ranks, and "
             f"{self.pp} * {self.dp} is not {self.world}; {remedy}")
-        fit(self.world % self.nodes == 0, "nodes", f"the {self.world} ranks can't be shared out evenly")
+        fit(self.world % self.nodes == 0, "nodes", f"{ranks} can't be shared out evenly over so many machines; "
+            f"give a divisor")
         fit(self.dp % self.ep == 0, "ep", f"does not divide dp = {self.dp} (ranks / pp); start more ranks with "
             f"torchrun, or give one that does")
-        fit(c.n_routed_experts % self.ep == 0, "ep", f"does not divide n_routed_experts = {c.n_routed_experts}")
+        fit(c.n_routed_experts % self.ep == 0, "ep", f"does not divide n_routed_experts = {c.n_routed_experts}; "
+            f"give one that does")
         here = self.world // self.nodes
         fit(self.ep % here == 0 or here % self.ep == 0, "ep", f"neither a multiple nor a divisor of a machine's "
             f"{here} ranks")
@@ -129,7 +133,8 @@ class Mesh:
             f"{self.ep_nodes} machines, and they don't divide n_expert_groups = {c.n_expert_groups}")
         for size in batches:
             fit(size % self.dp == 0, "batch_size", f"{size} sequences can't be shared out evenly over dp = {self.dp} "
-                f"ranks" + (f"; --batch_multiple={self.dp} keeps to those that can" if c.batch_ramp else ""))
+                f"ranks; give a multiple of that" + (f", and --batch_multiple={self.dp}, which keeps the ramp to those "
+                                                     f"that can" if c.batch_ramp else ""))
         return self
 
     def device(self, device):
@@ -342,8 +347,10 @@ def claimed(out_dir, mesh):
         yield
     finally:
         if lock:
-            if made and os.listdir(path) == ["lock"]:
-                shutil.rmtree(path, ignore_errors=True)
+            with contextlib.suppress(OSError):                           # gone already, or somebody's by now
+                if made and os.listdir(path) == ["lock"]:
+                    os.unlink(path / "lock")
+                    os.rmdir(path)
             lock.close()
 
 
@@ -415,7 +422,7 @@ class Shares:
             if not bucket or not bucket.room(p, self.BUCKET):
                 bucket = filling[group, owner[name]] = Bucket(group, owner[name], mine[name])
             else:
-                self.buckets.remove(bucket)              # it is complete when its last gradient is
+                self.buckets.remove(bucket)              # moved to the end: it is complete when its last gradient is
             bucket.params.append(p)
             self.buckets.append(bucket)
             self.bucket[p] = bucket

@@ -92,7 +92,7 @@ def plan(c, device, mesh, data=None):
         ("work", f"{a['flops'] / 1e9:.3g} GFLOPs per training token; {c.max_steps} steps, "
                  f"{human(train_tokens)} tokens"),
         ("memory", f"{human(states, 'B')} weights, gradients, moments ({states / m['parameters']:.1f} bytes per "
-                   f"parameter) + {human(m['activations'], 'B')} activations; at most about {human(m['most'], 'B')}"
+                   f"parameter) + {human(m['activations'], 'B')} activations; in all about {human(m['most'], 'B')}"
                    + (" on the ranks like rank 0" if mesh.world > 1 else "")),
         ("latent cache", f"{a['cache_bytes']:,} bytes per token in BF16"),
         ("device", f"{backend.name(device)}, {c.precision}, torch {torch.__version__}"),
@@ -109,6 +109,8 @@ def plan(c, device, mesh, data=None):
         i = data.identity
         rows.insert(2, ("data", f"{i['source']}: {i['documents']} documents, {human(i['train_tokens'])} tokens "
                                 f"({train_tokens / i['train_tokens']:.1f} epochs)"))
+    if c.plan and mesh.world > 1:                      # of Hopper GPUs, whose memory cluster.report tells rank by rank
+        rows = [row for row in rows if row[0] != "memory"]
     print("\n".join(f"  {what:13} {text}" for what, text in rows), flush=True)
     return a
 
@@ -192,19 +194,18 @@ class Recorded:
         self.v3, self.params, self.key, self.graphs = v3, list(v3.parameters()), None, {}
 
     def __call__(self, tokens, totals, mtp_weight):
-        key, first = (tokens.shape, totals, mtp_weight), self.params[0].grad is None
+        key, first = (tokens.shape, totals, mtp_weight), self.params[0].grad is None        # as a step has left it
         if key != self.key or not (first or self.graphs):
             # A whole step without: kernels that are compiled, or choose their tiles, can't be recorded meanwhile.
             self.key, self.graphs = key, {}
             return forward_backward(self.v3, tokens, totals, mtp_weight)
         if first not in self.graphs:
             self.record(first, tokens, totals, mtp_weight)
-        graph, parts = self.graphs[first]
+        graph, parts, grads = self.graphs[first]
         self.tokens.copy_(tokens)
         graph.replay()
-        if first:
-            for p, grad in zip(self.params, self.grads):
-                p.grad = grad
+        for p, grad in zip(self.params, grads):
+            p.grad = grad
         return parts
 
     def record(self, first, *arguments):
@@ -216,9 +217,7 @@ class Recorded:
             pool = self.graphs[True][0].pool()                      # never under way at the same time: the same memory
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):          # NCCL has a thread too
             parts = forward_backward(self.v3, self.tokens, *arguments[1:])
-        self.graphs[first] = graph, parts
-        if first:
-            self.grads = [p.grad for p in self.params]
+        self.graphs[first] = graph, parts, [p.grad for p in self.params]
 
 
 # --- during the run ---------------------------------------------------------------------------------------------------
@@ -312,6 +311,8 @@ def main(argv, mesh=None):
     if not argv or argv[0].startswith("--"):
         raise UserError("give a config first: python train.py config/tiny.py [--key=value ...]; --help lists the keys")
     c = model_config(configs.load(argv), argv)
+    if c.world and not c.plan:
+        raise UserError(f"--world={c.world}: only --plan takes it; torchrun --nproc-per-node=N starts ranks")
     if c.plan and c.world:
         each = cluster.Cluster.per_node
         mesh = parallel.Mesh(world=c.world, nodes=c.world // each if c.world % each == 0 else 1)
@@ -429,7 +430,7 @@ def run(c, device, mesh, newest, command):
     recorded = backend.training_graph(device, c, mesh.world)[0] == "CUDA graph"
     micro_batch = Recorded(modules[0]) if recorded else partial(forward_backward, modules[0])
     for p in modules[0].parameters() if mesh.world > 1 and not pipe else ():
-        p.register_post_accumulate_grad_hook(shares.arrived)
+        p.register_post_accumulate_grad_hook(shares.arrived)       # called too where a queue has added the gradient
 
     peak = backend.peak_flops(device, c.precision)
     tokenizer = tokenizer_json(data.tokenizer).decode()
@@ -464,7 +465,7 @@ def run(c, device, mesh, newest, command):
                 parts = ranks.pipelined(c, pipe, batch, totals, mtp_weight(c, step))
             else:
                 for micro in batch.split(c.micro_batch_size):
-                    share = micro_batch(micro, totals, mtp_weight(c, step))
+                    share = micro_batch(micro, totals, mtp_weight(c, step) if c.n_mtp else 0.0)
                     parts = {name: parts[name] + share[name] for name in parts}
             shares.sum_gradients()
             norm = shares.clip(c.grad_clip or math.inf, mesh)

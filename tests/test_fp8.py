@@ -424,7 +424,7 @@ def test_what_is_done_in_place_to_the_output_of_a_linear_copies_no_gradient():
     assert x.grad.shape == x.shape and error(x.grad, 2 * torch.ones(2, 3, 60) @ layer.weight.detach()) < 0.1
 
 
-def test_a_float32_product_of_bf16_numbers_in_three_bf16_parts_is_as_exact(monkeypatch):
+def test_a_float32_product_in_three_bf16_parts_loses_nothing_of_its_factors(monkeypatch):
     x, dy = torch.randn(2, 30, 300).bfloat16(), torch.randn(2, 30, 17)
     weight = torch.randn(17, 300) * torch.logspace(-3, 3, 17)[:, None]
     assert torch.equal(sum(part.float() for part in fp8.parts(weight)), weight)

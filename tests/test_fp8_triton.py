@@ -196,6 +196,7 @@ def test_the_product_goes_to_whoever_is_faster(monkeypatch):
         monkeypatch.setattr(fp8_gemm, name, lambda *_, name=name: taken.append(name))
     monkeypatch.setattr(backend, "fp8_kernels", lambda device: ("Triton", "a test"))
     monkeypatch.setattr(backend, "hopper", lambda device: True)
+    monkeypatch.setattr(backend, "multiprocessors", lambda device: 1)                       # no turn is cut short
     for M, blocks, add in ((256, True, False), (16, True, False), (256, False, False), (256, False, True),
                            (254, False, True), (16, False, True), (1536, True, False)):
         a, b = operands(M, 256, 256, blocks)

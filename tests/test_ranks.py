@@ -478,7 +478,8 @@ def test_two_agents_are_two_nodes_of_one_job(short, tmp_path):
 # --- mistakes ---------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("ranks, changes, says", [
-    (4, dict(pp=3), "--pp=3: pp * dp must be the number of ranks, and 3 * 1 is not 4"),
+    (4, dict(pp=3), "--pp=3: 4 ranks can't be cut into pipelines of so many"),
+    (1, dict(pp=2), "--pp=2: 1 rank can't be cut"),
     (4, dict(dp=2), "2 is not 4"),
     (4, dict(ep=3), "--ep=3: does not divide dp = 4"),
     (16, dict(ep=16, batch_size=16), "does not divide n_routed_experts = 8"),

@@ -508,7 +508,8 @@ def test_a_process_that_is_killed_and_resumed_passes_through_the_same_bits(numbe
     assert p.returncode == code, out
     stopped = metrics(run)[0][-1]["step"]
     at = int(parallel.latest(run).name[5:])
-    assert 4 <= at <= stopped < STEPS and (at == stopped if code == 143 else at % 2 == 0)
+    # The checkpoint of step 4 may still have been on its way to the disk.
+    assert 2 <= at <= stopped < STEPS and (at == stopped if code == 143 else at % 2 == 0)
     if code == 143:
         assert f"go on with: python train.py small.py --resume --out_dir={run}" in out and "Traceback" not in out
     assert go(run, "--resume") == 0

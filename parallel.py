@@ -254,6 +254,7 @@ def cli(main):
             return code
         except Exception as e:
             code, message = failure(mesh, e)
+            farewell(mesh)
             if message is None:                                              # somebody else was first, and has told
                 return code
             raise (UserError if code == 2 else RuntimeError)(message) from e
@@ -319,6 +320,15 @@ def failure(mesh, e):
         return code, message
     except dist.DistError:
         return code, f"{who} failed, and rank 0, which keeps the store, is gone"
+
+
+def farewell(mesh):
+    """Rank 0 may be the one that keeps the store: it leaves when the others have said that they do, or are silent."""
+    with contextlib.suppress(dist.DistError):
+        if mesh.rank:
+            mesh.store.set(f"leaves/{mesh.rank}", "")
+        else:
+            mesh.store.wait([f"leaves/{rank}" for rank in range(1, mesh.world)], datetime.timedelta(seconds=2))
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@
     fp8         FP8's quantization, products, Linears and optimizer against torch's, at V3's shapes (a Hopper GPU);
                 --parts=products,few,linears,square,adamw,quantization runs some of it, and leaves the others' results
     layer       one MoE layer of V3 as one GPU of 64 has it: FP8 against BF16 (a Hopper GPU)
-    fp8_quality 1000 steps of configs/gpu.py in BF16, BF16 with another seed, and FP8 (a Hopper GPU)
+    fp8_quality configs/gpu.py in BF16 and FP8, two seeds each (a Hopper GPU); --steps=N, --parts=A,B: other runs
     memory      what each rank of a run holds, against the plan, by category: of small models on gloo; on a GPU of
                 configs/bench_1b.py, with the allocator's peak
     scaling     a step of the default job: a plain loop, train.py on one process and on two, with as much work for each
@@ -281,6 +281,7 @@ def speculation(options):
                  "--micro_batch_size=4"] if torch.cuda.is_available() else \
             ["configs/tiny.py", "--seq_len=256", "--batch_size=16", "--micro_batch_size=16"]
         v3, data = trained_here(configs.load(flags))
+        v3 = sample.cast(v3) if torch.cuda.is_available() else v3                        # as sample.py would load it
         tokenizer, steps, identity = data.tokenizer, v3.config.max_steps, data.identity
     if not v3.mtp:
         raise UserError(f"bench.py speculation: the model in {out_dir} has no MTP module to draft with (n_mtp is 0)")
@@ -373,10 +374,11 @@ SECTIONS = {"tiny": tiny, "char": char, "ablations": ablations, "speculation": s
             "fp8_quality": fp8_quality, "pipeline": pipeline, "overlap": overlap, "cluster": cluster_of_gpus,
             "memory": memory, "scaling": scaling, "readme": readme}
 OPTIONS = {"data": "FILE", "nanogpt": "DIR", "out_dir": "RUN", "seeds": "N", "repeats": "N", "parts": "A,B",
-           "shapes": "A,B", "device": "cpu"}
+           "shapes": "A,B", "steps": "N", "device": "cpu"}
 
 TAKES = {"char": ("data", "nanogpt", "repeats"), "ablations": ("data", "seeds"), "fp8_loss": ("data", "seeds"),
-         "fp8_quality": ("data",), "speculation": ("out_dir",), "loads": ("out_dir",), "pipeline": ("repeats",),
+         "fp8_quality": ("data", "parts", "steps"), "speculation": ("out_dir",), "loads": ("out_dir",),
+         "pipeline": ("repeats",),
          "scaling": ("repeats",), "moe": ("parts", "shapes"), "step": ("parts",), "fp8": ("parts",),
          "cluster": ("parts", "device")}
 
@@ -395,7 +397,7 @@ def main(argv):
         if key not in TAKES.get(argv[0], ()):
             takes = " ".join(f"--{name}={OPTIONS[name]}" for name in TAKES.get(argv[0], ()))
             raise UserError(f"{arg}: bench.py {argv[0]} takes {takes or 'no options'}")
-        if key in ("seeds", "repeats") and not (value.isdigit() and int(value)):
+        if key in ("seeds", "repeats", "steps") and not (value.isdigit() and int(value)):
             raise UserError(f"{arg}: a whole number from 1 up")
         options[key] = value
     SECTIONS[argv[0]](options)

@@ -1,7 +1,6 @@
 """bench.py fp8, fp8_error, fp8_tiny, fp8_loss and fp8_quality: what FP8 gains, and what it costs."""
 import math
 import os
-import shutil
 import statistics
 import subprocess
 import tempfile
@@ -31,7 +30,9 @@ from measure import (
     replayed_in_turn,
     train,
 )
-from parallel import latest, read_state
+from model import V3, official_tensors
+from parallel import Mesh, latest, load_checkpoint, read_state
+from train import evaluate
 
 # --- FP8 --------------------------------------------------------------------------------------------------------------
 
@@ -314,51 +315,78 @@ def fp8_on_a_gpu(options):
 
 # --- the quality of FP8 -----------------------------------------------------------------------------------------------
 
-def torch_sources(folder):
-    """The Python sources of the installed torch, some 45 MB of text that every machine of ours has, as a folder."""
-    root = Path(torch.__file__).parent
+def installed_sources(folder):
+    """The Python sources of the installed packages, as a folder: with torch and transformers 180 MB of text, so that
+    1000 steps see little of it twice."""
+    root = Path(torch.__file__).parent.parent
     for path in root.rglob("*.py"):
-        target = Path(folder) / path.relative_to(root)
+        try:
+            text = path.read_bytes().decode()
+        except UnicodeDecodeError:                                                         # declares an older encoding
+            continue
+        target = Path(folder, path.relative_to(root))
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(path, target)
+        target.write_text(text.replace("\0", ""), encoding="utf-8")
     return folder
 
 
-def fp8_quality(options, limit=220):
-    """configs/gpu.py, 1000 steps of 32 sequences, in BF16, in BF16 with another seed (what a difference may be worth),
-    and in FP8 with moments in BF16, at the same time, spread over the GPUs that there are: the training loss, and its
-    mean over the last 100 steps that all three have done within `limit` seconds. --data=FOLDER: other text than torch's
-    own sources."""
+QUALITY = {"BF16": [], "BF16, another seed": ["--seed=1338"], "FP8": ["--precision=fp8", "--moments=bf16"],
+           "FP8, another seed": ["--precision=fp8", "--moments=bf16", "--seed=1338"],
+           "BF16, BF16 moments": ["--moments=bf16"], "FP8, FP32 moments": ["--precision=fp8"]}
+
+
+def as_trained(folder, data, config, precision):
+    """Validation loss of a run's model, multiplied in another precision than it was trained in."""
+    with torch.device("cuda"):
+        v3 = V3(config.replace(precision=precision))
+    load_checkpoint(latest(folder), official_tensors(v3))
+    return evaluate(v3, data, Mesh())[0]
+
+
+def fp8_quality(options, limit=390):
+    """configs/gpu.py with 32 sequences a step, in BF16 and FP8, each with two seeds (what a difference may be worth),
+    all at the same time, spread over the GPUs that there are: the training loss, and its mean over the last 100 steps
+    that all have done within `limit` seconds; then the first BF16 model's validation loss in FP8, without training.
+    --parts: other runs, --steps: 1000 is the config's own number; --data=FOLDER: other text than the sources of the
+    installed packages."""
     needs_fp8("fp8_quality")
-    jobs = {"BF16": ["--precision=bf16"], "BF16, another seed": ["--precision=bf16", "--seed=1338"],
-            "FP8": ["--precision=fp8", "--moments=bf16"]}
+    names, steps = chosen(options, "parts", QUALITY), int(options.get("steps", 2000))
+    names = names if "parts" in options else names[:4]
     count = torch.cuda.device_count()
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")
     with tempfile.TemporaryDirectory() as folder:
-        data = options.get("data") or torch_sources(f"{folder}/torch")
-        common = ["configs/gpu.py", f"--data={data}", "--batch_size=32", "--eval_interval=0", "--save_interval=0"]
-        identity = Data(configs.load(common)).identity                            # once, for the three to find
+        data = options.get("data") or installed_sources(f"{folder}/installed")
+        common = ["configs/gpu.py", f"--data={data}", "--batch_size=32", "--eval_interval=0", "--save_interval=0",
+                  "--eval_stride=1024", f"--max_steps={steps}", f"--decay_start={steps * 2 // 5}"]
+        config = configs.load(common)
+        text = Data(config)                                                       # once, for all to find
 
         def one(job):
-            number, changes = job
+            number, name = job
             try:
-                train(*common, *changes, f"--out_dir={folder}/{number}", limit=limit, OMP_NUM_THREADS="4",
+                train(*common, *QUALITY[name], f"--out_dir={folder}/{number}", limit=limit, OMP_NUM_THREADS="4",
                       CUDA_VISIBLE_DEVICES=gpus[number % count])
             except subprocess.TimeoutExpired:
-                print(f"{' '.join(changes)}: cut off after {limit} s", flush=True)
+                print(f"{name}: cut off after {limit} s", flush=True)
             return lines(f"{folder}/{number}") if Path(folder, str(number), "metrics.jsonl").is_file() else ([], [])
-        with ThreadPoolExecutor(len(jobs)) as pool:
-            done = list(pool.map(one, enumerate(jobs.values())))
-    steps, runs = min(len(rows) for rows, _ in done), []
-    if not steps:
-        raise UserError(f"bench.py fp8_quality: one of the runs has not done a step within {limit} s")
-    for (name, changes), (rows, evals) in zip(jobs.items(), done):
-        loss = statistics.mean(r["loss"] for r in rows[:steps][-100:])
-        first = runs[0]["loss"] if runs else loss
-        runs.append({"name": name, "changes": changes, "loss": loss, "difference": loss / first - 1,
-                     "val_loss": evals[-1]["val_loss"] if evals else None, "seconds": rows[-1]["time"],
-                     "tokens_per_s": statistics.median(r["tokens_per_s"] for r in rows),
-                     "curve": [round(r["loss"], 5) for r in rows[:steps]]})
-        print({k: v for k, v in runs[-1].items() if k != "curve"}, flush=True)
-    record("fp8_quality", "python bench.py fp8_quality", steps=steps, gpus=min(count, len(jobs)), data=identity,
-           runs=runs)
+        with ThreadPoolExecutor(len(names)) as pool:
+            done = list(pool.map(one, enumerate(names)))
+        steps, runs = min(len(rows) for rows, _ in done), []
+        if not steps:
+            raise UserError(f"bench.py fp8_quality: one of the runs has not done a step within {limit} s")
+        for name, (rows, evals) in zip(names, done):
+            loss = statistics.mean(r["loss"] for r in rows[:steps][-100:])
+            first = runs[0]["loss"] if runs else loss
+            runs.append({"name": name, "changes": QUALITY[name], "loss": loss, "difference": loss / first - 1,
+                         "val_loss": evals[-1]["val_loss"] if evals else None, "seconds": rows[-1]["time"],
+                         "tokens_per_s": statistics.median(r["tokens_per_s"] for r in rows),
+                         "curve": [round(r["loss"], 5) for r in rows[:steps]]})
+            print({k: v for k, v in runs[-1].items() if k != "curve"}, flush=True)
+        numbers = dict(steps=steps, gpus=min(count, len(names)), data=text.identity, runs=runs)
+        where = "fp8_quality" if "steps" not in options else f"fp8_quality_{options['steps']}"
+        command = " ".join(["python bench.py fp8_quality", *(f"--{k}={v}" for k, v in options.items() if k != "data")])
+        record(where, command, **numbers)
+        if done[0][1]:                                                            # it came to its end, and was saved
+            numbers["first_in_fp8"] = as_trained(f"{folder}/0", text, config, "fp8")
+            print(f"the first of them, in FP8: {numbers['first_in_fp8']:.4f}", flush=True)
+            record(where, command, **numbers)

@@ -206,16 +206,17 @@ def tables():
             *(line(f"... {what}", lambda r, what=what: GB(r["bytes"][what])) for what in sides[0]["bytes"]), "",
             f"{part['gpu']}. FP8 against BF16: {part['speedup']:.2f}x the speed, {part['memory']:.2f}x the memory."])
     if quality:
-        epoch = quality["data"]["train_tokens"] // (32 * 1024)
-        once = [statistics.mean(r["curve"][epoch - 100:epoch]) for r in quality["runs"]]
+        short = {r["name"]: r for r in (load("fp8_quality_1000") or {"runs": []})["runs"]}
+        steps, tokens = quality["steps"], quality["data"]["train_tokens"]
+        cell = lambda r: f"{r['loss']:.4f} ({r['difference']:+.2%}) | {r['val_loss']:.4f}" if r else "- | -"
+        both = {r["name"]: r for r in quality["runs"]}
         out["fp8_quality"] = "\n".join([
-            f"| | training loss, last 100 steps of the first pass over the text (to step {epoch}) | against the first "
-            f"| of {quality['steps'] * 32 * 1024 / quality['data']['train_tokens']:.1f} passes | against the first "
-            f"| validation loss | tokens/s |", "|---|---|---|---|---|---|---|",
-            *(f"| {r['name']} | {early:.4f} | {early / once[0] - 1:+.2%} | {r['loss']:.4f} | {r['difference']:+.2%} | "
-              + (f"{r['val_loss']:.4f}" if r["val_loss"] else "-") + f" | {r['tokens_per_s']:,.0f} |"
-              for r, early in zip(quality["runs"], once)), "",
-            f"{quality['gpus']} x {quality['gpu']}, the three at once, {quality['steps']} steps of 32 sequences.", "",
+            f"| | training loss, last 100 of 1,000 steps | validation | of {steps:,} steps | validation |",
+            "|---|---|---|---|---|",
+            *(f"| {name} | {cell(short.get(name))} | {cell(both.get(name))} |" for name in {**both, **short}), "",
+            f"{quality['gpu']}; {steps * 32 * 1024 / tokens:.2f} passes over the text in the longer runs. The first of "
+            f"them, trained in BF16, multiplied in FP8: validation {quality['first_in_fp8']:.4f} "
+            f"({quality['first_in_fp8'] / quality['runs'][0]['val_loss'] - 1:+.2%}).", "",
             "![loss in BF16 and FP8, and their distance](results/fp8_quality.png)"])
     if small:
         whole, low8 = small["runs"]
@@ -250,7 +251,8 @@ def tables():
             "| exchanges / arithmetic | no exchanges, ms | one after the other | in turns | hidden |",
             "|---|---|---|---|---|",
             *(f"| {r['travel_ms'] / o['without_ms']:.2f} | {o['without_ms']:.1f} | {r['one_after_the_other_ms']:.1f} | "
-              f"{r['in_turns_ms']:.1f} | {r['hidden']:.0%} |" for r in sorted(o["rows"], key=lambda r: r["travel_ms"])),
+              f"{r['in_turns_ms']:.1f} | {min(r['hidden'], 1):.0%} |"
+              for r in sorted(o["rows"], key=lambda r: r["travel_ms"])),
             "", f"{o['gpu']}, two of {o['shape']}, in each chunk." + (
                 f" In the figure {o['timeline']['under_kernels']:.0%} of the copies lie under kernels."
                 if "timeline" in o else "")])

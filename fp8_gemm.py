@@ -286,11 +286,11 @@ def gemm_few(a, b, y):
     """gemm_plain for up to FEW rows and b in blocks."""
     (M, N), steps = y.shape, a.scale.shape[1]
     BLOCK_M, blocks = max(16, triton.next_power_of_2(M)), triton.cdiv(N, 64)
-    shares = max(1, min(2 * backend.multiprocessors(y.device) // blocks, steps // 12))
+    shares = max(1, min(2 * backend.multiprocessors(y.device) // blocks, steps // 9))
     parts = y if shares == 1 else torch.empty(shares, M, N, dtype=torch.float32, device=y.device)
     few_kernel[blocks, shares](
         descriptor(a, BLOCK_M), descriptor(b, 64), parts, a.scale, b.scale, M, N, steps, triton.cdiv(steps, shares),
-        M * N, parts.stride(-2), *a.scale.stride(), *b.scale.stride(), BLOCK_M, {16: 6, 32: 6, 64: 4, 128: 3}[BLOCK_M])
+        M * N, parts.stride(-2), *a.scale.stride(), *b.scale.stride(), BLOCK_M, {16: 6, 32: 6, 64: 4, 128: 4}[BLOCK_M])
     if shares > 1:
         sum_kernel[triton.cdiv(N, 1024), M](parts, y, N, M * N, y.stride(0), shares, 1024)
     return y

@@ -9,12 +9,14 @@ import torch
 from conftest import GPU, no_triton
 
 import backend
+import configs
 import fp8
 import fp8_gemm
 import fp8_tiles
 from bench_fp8 import cublas
 from fp8_gemm import gemm_torch
 from fp8_tiles import E4M3, E5M6, Quantized, quantize_torch
+from model import V3
 
 DEVICE = "cuda" if GPU else "cpu"
 pytestmark = [no_triton, pytest.mark.skipif(GPU and backend.fp8_kernels(torch.device("cuda"))[0] == "torch",
@@ -293,3 +295,19 @@ def test_a_whole_linear_on_the_kernels_is_the_references(kept, monkeypatch):
         grads.append((y.detach(), inputs.grad, layer.weight.grad))
     for name, ours, theirs in zip(("y", "dx", "dW"), grads[1], grads[0]):
         assert (ours - theirs).norm() / theirs.norm() < (2e-3 if GPU else 1e-6), name
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="needs a CUDA GPU")
+def test_a_whole_model_on_the_kernels_is_as_far_from_float32_as_the_reference_is():
+    c = configs.load(["configs/gpu.py", "--n_layers=4"])
+    tokens, gradients = torch.randint(c.vocab_size, (2, 258), device="cuda"), {}
+    for precision in ("fp32", "bf16", "fp8_reference", "fp8"):
+        with torch.device("cuda"):
+            v3 = V3(c.replace(precision=precision)).train()
+        loss, _ = v3.loss(tokens)
+        loss.backward()
+        gradients[precision] = torch.cat([p.grad.flatten() for p in v3.parameters()])
+    far = {name: ((g - gradients["fp32"]).norm() / gradients["fp32"].norm()).item() for name, g in gradients.items()}
+    print(far)
+    assert far["bf16"] < far["fp8"] < 1.05 * far["fp8_reference"]

@@ -76,10 +76,6 @@ class Recipe:
     kept: Format = E4M3                       # to which its input is rounded for Wgrad
     reference: bool = False                   # plain torch, also where the device has FP8
 
-    @property
-    def pow2(self):
-        return self.kept is E5M6
-
 
 def quantized(weight, reference):
     """quantize_blocks of a parameter [out, in] or [E, out, in], as a stack, made once per optimizer step: it stays with
@@ -131,7 +127,7 @@ class Products(torch.autograd.Function):
 
     x [..., in] with R rows, weight float32 [E, out, in], or [out, in] for one expert with all the rows, ends: for each
     expert the end of its rows -> [..., out] in x's dtype. swiglu: x is [..., 2 in], and its SwiGLU, times the rows'
-    gate weights [R] if they are given, is multiplied; x is what is kept, and the SwiGLU made again in backward.
+    gate weights [R] if they are given, is multiplied; x is kept, in E4M3, and the SwiGLU made again in backward.
     """
 
     @staticmethod
@@ -140,8 +136,8 @@ class Products(torch.autograd.Function):
         # copy its gradient twice.
         out = x.new_empty(*x.shape[:-1], weight.shape[-2])
         x, y = x.flatten(0, -2), out.flatten(0, -2)
-        a = quantize_swiglu(x, gate, recipe.pow2, recipe.reference) if swiglu else \
-            quantize(x, recipe.pow2, recipe.reference)
+        a = quantize_swiglu(x, gate, recipe.reference) if swiglu else \
+            quantize(x, recipe.kept is E5M6, recipe.reference)
         w = quantized(weight, recipe.reference)
         for e, rows in busy(ends):
             gemm(a[rows], w[e], y[rows], recipe.reference)
@@ -149,7 +145,7 @@ class Products(torch.autograd.Function):
             if recipe.kept is not E4M3:                              # x waits as it is: somebody else keeps it anyway
                 ctx.save_for_backward(x, None, gate)
             else:
-                a = quantize(x, recipe.pow2, recipe.reference) if swiglu else a
+                a = quantize(x, reference=recipe.reference) if swiglu else a
                 ctx.save_for_backward(a.values, a.scale, gate)
             # The W of this forward pass, and the parameter itself, on which a queue may hang.
             ctx.w, ctx.weight, ctx.ends, ctx.recipe, ctx.swiglu = w, weight, ends, recipe, swiglu
@@ -183,8 +179,8 @@ def wgrad(weight, dy_columns, x, ends, recipe, swiglu=False, gate=None, grad=Non
     stack = grad.view(-1, *weight.shape[-2:])
     for e, rows in busy(ends):
         own = None if gate is None else gate[rows]
-        columns = quantize_swiglu_columns(x[rows], own, recipe.pow2, recipe.reference) \
-            if swiglu else quantize_columns(x[rows], recipe.kept, recipe.reference)           # [in, its rows]
+        columns = quantize_swiglu_columns(x[rows], own, recipe.reference) if swiglu else \
+            quantize_columns(x[rows], recipe.kept, recipe.reference)                          # [in, its rows]
         gemm(dy_columns[e], columns, stack[e], recipe.reference, add)
     return grad
 

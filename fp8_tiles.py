@@ -231,7 +231,7 @@ if backend.has_triton():
 
     @triton.jit
     def norm_kernel(x, weight, r, row, row_scale, M, K, eps, x_stride, row_stride, ROWS: tl.constexpr,
-                    POW2: tl.constexpr, TILES: tl.constexpr):
+                    TILES: tl.constexpr):
         """1 / rms of a row of x, and (ROWS) what RMSNorm makes of it in 1x128 tiles."""
         m = tl.program_id(0).to(tl.int64)
         tile, k = tl.arange(0, TILES), tl.arange(0, TILES)[:, None] * 128 + tl.arange(0, 128)[None, :]
@@ -241,7 +241,7 @@ if backend.has_triton():
         tl.store(r + m, inverse)
         if ROWS:
             value = value * inverse * tl.load(weight + k, mask=k < K, other=0.0).to(tl.float32)
-            scale = scale_of(largest(value, 1), POW2)
+            scale = scale_of(largest(value, 1), False)
             tl.store(row_scale + tile * M + m, scale, mask=tile * 128 < K)
             tl.store(row + m * row_stride + k, to_e4m3(value, scale[:, None]), mask=k < K)
 
@@ -311,7 +311,7 @@ if backend.has_triton():
         tl.store(t + k.to(tl.int64)[:, None] * t_stride + m[None, :], block.T, mask=(k < K)[:, None] & (m < M)[None, :])
 
 
-def launch(x, M, K, pow2, rows, columns, before=None, weight=None, r=None):
+def launch(x, M, K, rows, columns, pow2=False, before=None, weight=None, r=None):
     """quantize_kernel on before(x), an M x K matrix -> its 1x128 tiles or None, its 128x1 tiles or None."""
     q = x if isinstance(x, Quantized) else None
     x = q.values if q else x if x.stride(1) == 1 else x.contiguous()
@@ -331,28 +331,28 @@ def launch(x, M, K, pow2, rows, columns, before=None, weight=None, r=None):
 def quantize_triton(x, pow2=False, rows=True, columns=False):
     """x [M, K], plain or Quantized in 1x128 -> (its 1x128 tiles or None, its 128x1 tiles as the transpose or None), in
     one pass over x. The bits are quantize_torch's."""
-    return launch(x, *(x.values if isinstance(x, Quantized) else x).shape, pow2, rows, columns)
+    return launch(x, *(x.values if isinstance(x, Quantized) else x).shape, rows, columns, pow2)
 
 
-def swiglu_quantize_triton(h, weight=None, pow2=False, rows=True, columns=False):
+def swiglu_quantize_triton(h, weight=None, rows=True, columns=False):
     """quantize_triton of swiglu_torch(h, weight), which is never written; h plain or Quantized in 1x128. The bits are
     those of quantize_torch but for the last two of exp."""
     if isinstance(h, Quantized) and h.values.shape[1] % (2 * BLOCK):                       # its halves share a tile
         h = h.dequantize()
     M, K = (h.values if isinstance(h, Quantized) else h).shape
-    return launch(h, M, K // 2, pow2, rows, columns, "SwiGLU", weight)
+    return launch(h, M, K // 2, rows, columns, before="SwiGLU", weight=weight)
 
 
-def norm_quantize_triton(x, weight, eps, pow2=False, rows=True, columns=False):
+def norm_quantize_triton(x, weight, eps, rows=True, columns=False):
     """quantize_triton of RMSNorm(x) * weight in float32, which is never written: x [M, K] with rows of up to 16384.
     The bits are those of quantize_torch but for the order in which a row's squares are summed."""
     x = x if x.stride(1) == 1 else x.contiguous()
     (M, K), k = x.shape, triton.cdiv(x.shape[1], BLOCK)
     r = torch.empty(M, dtype=torch.float32, device=x.device)
     row = Quantized(empty(M if rows else 0, K, device=x.device), tile_scales(M, k if rows else 0, x.device))
-    norm_kernel[M,](x, weight, r, row.values, row.scale, M, K, eps, x.stride(0), row.values.stride(0), rows, pow2,
+    norm_kernel[M,](x, weight, r, row.values, row.scale, M, K, eps, x.stride(0), row.values.stride(0), rows,
                     triton.next_power_of_2(k), num_warps=8)
-    column = launch(x, M, K, pow2, False, True, "norm", weight, r)[1] if columns else None
+    column = launch(x, M, K, False, True, before="norm", weight=weight, r=r)[1] if columns else None
     return row if rows else None, column
 
 
@@ -390,26 +390,25 @@ def quantize(x, pow2=False, reference=False):
 def quantize_columns(x, kept=E4M3, reference=False):
     """x [M, K] as it was kept, Quantized in 1x128 tiles, or plain and now rounded to E5M6 in such tiles -> its 128x1
     tiles, as the transpose: Quantized [K, M] in 1x128."""
-    if fast(x.values if kept is E4M3 else x, reference):
-        before, pow2 = (None, False) if kept is E4M3 else ("E5M6", True)
-        shape = (x.values if kept is E4M3 else x).shape
-        return launch(x, *shape, pow2, rows=False, columns=True, before=before)[1]
-    x = x if kept is E4M3 else quantize_torch(x, fmt=E5M6, pow2=True)
-    return quantize_torch(x.dequantize().mT, pow2=kept is E5M6)
+    if kept is E4M3:
+        if fast(x.values, reference):
+            return quantize_triton(x, rows=False, columns=True)[1]
+        return quantize_torch(x.dequantize().mT)
+    if fast(x, reference):
+        return launch(x, *x.shape, rows=False, columns=True, pow2=True, before="E5M6")[1]
+    return quantize_torch(quantize_torch(x, fmt=E5M6, pow2=True).dequantize().mT, pow2=True)
 
 
-def quantize_swiglu(h, gate=None, pow2=False, reference=False):
+def quantize_swiglu(h, gate=None, reference=False):
     """quantize of swiglu_torch(h, gate)."""
-    if fast(h, reference):
-        return swiglu_quantize_triton(h, gate, pow2)[0]
-    return quantize_torch(swiglu_torch(h, gate), pow2=pow2)
+    return swiglu_quantize_triton(h, gate)[0] if fast(h, reference) else quantize_torch(swiglu_torch(h, gate))
 
 
-def quantize_swiglu_columns(h, gate=None, pow2=False, reference=False):
+def quantize_swiglu_columns(h, gate=None, reference=False):
     """quantize_columns of swiglu_torch(h, gate); h Quantized in 1x128 tiles."""
     if fast(h.values, reference):
-        return swiglu_quantize_triton(h, gate, pow2, rows=False, columns=True)[1]
-    return quantize_torch(swiglu_torch(h.dequantize(), gate).mT, pow2=pow2)
+        return swiglu_quantize_triton(h, gate, rows=False, columns=True)[1]
+    return quantize_torch(swiglu_torch(h.dequantize(), gate).mT)
 
 
 def quantize_both(x, reference=False):

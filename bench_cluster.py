@@ -397,7 +397,7 @@ class Stay(moe.Sent):
     def there(self, *tensors):
         return tensors
 
-    back = there
+    back = there8 = there
 
 
 def v3_layers(small, case, experts):

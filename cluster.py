@@ -229,10 +229,10 @@ def plan(c, mesh, cluster=None, a=None):
     out_of_node, on, _ = copies(c, mesh.ep_nodes, mesh.ep // mesh.ep_nodes)
     exchange = lambda width: tokens * c.dim * width * max(out_of_node / cluster.between, on / cluster.inside)
     wide = exchange(high)
-    dispatch, combine = exchange(1) if fp8 else wide, wide                      # and those of gradients: `wide`, twice
+    dispatch, combine = exchange(1) if fp8 else wide, wide                      # forward; backward the other way round
     layers = max(sum(i >= c.n_dense_layers for i in range(start, stop)) for start, stop in zip(cuts, cuts[1:]))
-    forth, back = layers * (dispatch + combine), layers * 2 * wide
-    hides = [(wide, attention), (dispatch, 2 * experts), (wide, experts), (combine, 2 * attention)]
+    forth = back = layers * (dispatch + combine)
+    hides = [(dispatch, attention), (dispatch, 2 * experts), (combine, experts), (combine, 2 * attention)]
     exposed = layers * sum(max(0.0, travels - computes) for travels, computes in hides)
 
     # The step.
@@ -245,7 +245,7 @@ def plan(c, mesh, cluster=None, a=None):
     chunks = max(sum(part == "F" for s in steps for part, *_ in s.parts) for steps in lists)
     hidden = pairs * (forth + back - exposed)
     per_gpu = c.batch_size * c.seq_len / step / mesh.world
-    each = chunks * layers * tokens * c.dim * ((1 if fp8 else high) + 3 * high)
+    each = chunks * layers * tokens * c.dim * 2 * ((1 if fp8 else high) + high)
     numbers = {"step": step, "bubble": result["bubble"] / step, "pair": 3 * F + exposed, "travel": forth + back,
                "hidden": hidden, "exposed": chunks * (forth + back) - hidden, "tokens_per_s": per_gpu,
                "microbatches": M, "between": out_of_node * each, "inside": on * each,
@@ -261,7 +261,7 @@ def plan(c, mesh, cluster=None, a=None):
                     f"slower hop counts; balanced routing: {out_of_node:.2f} copies of a token leave its node, "
                     f"{on:.2f} its GPU; dispatch in {what}"),
         ("a layer", f"forward: attention {ms(attention)}, experts {ms(experts)}, dispatch {ms(dispatch)}, combine "
-                    f"{ms(combine)}; backward: {ms(wide)} for each of the two"),
+                    f"{ms(combine)}; their gradients as much, the other way round"),
         ("a step", f"{c.batch_size:,} sequences, {M} micro-batches a {'pipeline' if pp > 1 else 'rank'}: {step:.3g} s, "
                    f"bubble {numbers['bubble']:.1%}; exchanges {hidden:.3g} s hidden, {numbers['exposed']:.3g} s "
                    f"exposed"),

@@ -36,8 +36,8 @@ if backend.has_triton():
     def gather8_kernel(x, x_scale, pair, expert, row, row_scale, column, column_scale, N, R, D: tl.constexpr,
                        K: tl.constexpr, QUANTIZED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
                        BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, APART: tl.constexpr):
-        """fp8_tiles.quantize_kernel of the rows of x, plain or QUANTIZED in 1x128 tiles. Rows that are nobody's are
-        zeros."""
+        """fp8_tiles.quantize_kernel of the rows of x, plain or QUANTIZED in 1x128 tiles; all scales are powers of two.
+        Rows that are nobody's are zeros."""
         i, j = tile_at(R // BLOCK_M, tl.cdiv(D, BLOCK_D), COLUMNS)
         if tl.load(expert + i * BLOCK_M // 128) >= 0:
             order = neighbours(BLOCK_M, APART) if COLUMNS else tl.arange(0, BLOCK_M)
@@ -50,7 +50,7 @@ if backend.has_triton():
             else:
                 tile = tile.to(tl.float32)
                 if ROWS:
-                    scale = scale_of(largest(tile, 1), False)
+                    scale = scale_of(largest(tile, 1), True)
             r, there = r.to(tl.int64), (d < D)[None, :]
             if ROWS:
                 tl.store(row_scale + j.to(tl.int64) * R + r, scale)
@@ -58,7 +58,7 @@ if backend.has_triton():
                 tl.store(row + r[:, None] * D + d[None, :], values, mask=there)
             if COLUMNS:
                 tile = tile.to(tl.float32) * scale[:, None] if QUANTIZED else tile
-                scale = scale_of(largest(tile, 0), False)
+                scale = scale_of(largest(tile, 0), True)
                 tl.store(column_scale + i.to(tl.int64) * D + d, scale, mask=d < D)
                 r = i.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
                 tl.store(column + d.to(tl.int64)[:, None] * R + r[None, :],
@@ -391,7 +391,7 @@ class Routed8(torch.autograd.Function):
     def forward(ctx, x, weights, w13, w2, indices, rows, keep):
         x, weights = x.contiguous(), weights.contiguous()
         up, down = ctx.quantized = quantized(w13, False), quantized(w2, False)
-        plan, x8 = plan_triton(indices, len(w13), rows=rows), quantize_triton(x)[0]
+        plan, x8 = plan_triton(indices, len(w13), rows=rows), quantize_triton(x, pow2=True)[0]
         h = rows8(gather8_triton(x8, plan)[0], up, plan, x.dtype)
         a, h8 = act8_triton(h, weights, plan, keep)
         if keep:

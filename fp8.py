@@ -25,7 +25,9 @@ What Wgrad needs of the forward pass is kept in FP8 as well (3.3.3): the input o
 are made in backward; of an FFN's second Linear the input of the SwiGLU, whose output is made again. The input of the
 Linear after attention is rounded to 12 bits, E5M6, since attention's own backward needs it too; all its scales are
 powers of two, so that going from 1x128 to 128x1 tiles only moves exponents. V3 keeps these 12 bits, for both. Here
-attention keeps its output in BF16 anyway, so the Linear keeps that very tensor, no second one, and rounds in backward.
+attention keeps its output in BF16 anyway, so the Linear keeps that very tensor, no second one, and rounds in backward. Powers of two, too, are the scales
+of what travels to experts on other ranks, tokens forward and the gradients of their sums backward (moe.py): there it is
+quantized for its product again, and loses nothing.
 
 In high precision stay the embedding, the head, the gates, the norms and attention itself (3.3.1). The optimizer's FP32
 weights are the masters: they are quantized once per step, not once per micro-batch. AdamW's moments are BF16. Nobody
@@ -74,6 +76,7 @@ if backend.has_triton():
 class Recipe:
     """How a Linear, or a stack of experts, runs in FP8."""
     kept: Format = E4M3                       # to which its input is rounded for Wgrad
+    pow2: bool = False                        # scales that are powers of two: of its input; of experts, of what travels
     reference: bool = False                   # plain torch, also where the device has FP8
 
 
@@ -137,7 +140,7 @@ class Products(torch.autograd.Function):
         out = x.new_empty(*x.shape[:-1], weight.shape[-2])
         x, y = x.flatten(0, -2), out.flatten(0, -2)
         a = quantize_swiglu(x, gate, recipe.reference) if swiglu else \
-            quantize(x, recipe.kept is E5M6, recipe.reference)
+            quantize(x, recipe.pow2, recipe.reference)
         w = quantized(weight, recipe.reference)
         for e, rows in busy(ends):
             gemm(a[rows], w[e], y[rows], recipe.reference)
@@ -160,7 +163,7 @@ class Products(torch.autograd.Function):
         dx = dy.new_empty(len(dy), weight.shape[-1])
         w = transpose(ctx.w, recipe.reference)
         for e, rows in busy(ends):
-            dy8, dy_columns[e] = quantize_both(dy[rows], recipe.reference)
+            dy8, dy_columns[e] = quantize_both(dy[rows], recipe.pow2 and swiglu, recipe.reference)
             gemm(dy8, w[e], dx[rows], recipe.reference)
         del w                                                                         # before Wgrad asks for its memory
         if swiglu:
@@ -180,7 +183,7 @@ def wgrad(weight, dy_columns, x, ends, recipe, swiglu=False, gate=None, grad=Non
     for e, rows in busy(ends):
         own = None if gate is None else gate[rows]
         columns = quantize_swiglu_columns(x[rows], own, recipe.reference) if swiglu else \
-            quantize_columns(x[rows], recipe.kept, recipe.reference)                          # [in, its rows]
+            quantize_columns(x[rows], recipe.kept, recipe.pow2, recipe.reference)             # [in, its rows]
         gemm(dy_columns[e], columns, stack[e], recipe.reference, add)
     return grad
 
@@ -345,8 +348,9 @@ def convert(model, reference=False):
         if why and next(module.parameters(recurse=False), None) is not None:
             left[name] = why
         elif hasattr(module, "recipe"):
-            # The Linear after attention, whose backward keeps the same tensor.
-            module.recipe = Recipe(E5M6 if name.endswith("wo") else E4M3, reference)
+            # Powers of two for the Linear after attention, whose backward keeps the same tensor, and for experts.
+            last, stack = name.endswith("wo"), not isinstance(module, Linear)
+            module.recipe = Recipe(E5M6 if last else E4M3, last or stack, reference)
             converted.append(name)
     return converted, left
 

@@ -387,13 +387,13 @@ def quantize(x, pow2=False, reference=False):
     return quantize_triton(x, pow2)[0] if fast(x, reference) else quantize_torch(x, pow2=pow2)
 
 
-def quantize_columns(x, kept=E4M3, reference=False):
+def quantize_columns(x, kept=E4M3, pow2=False, reference=False):
     """x [M, K] as it was kept, Quantized in 1x128 tiles, or plain and now rounded to E5M6 in such tiles -> its 128x1
     tiles, as the transpose: Quantized [K, M] in 1x128."""
     if kept is E4M3:
         if fast(x.values, reference):
-            return quantize_triton(x, rows=False, columns=True)[1]
-        return quantize_torch(x.dequantize().mT)
+            return quantize_triton(x, pow2, rows=False, columns=True)[1]
+        return quantize_torch(x.dequantize().mT, pow2=pow2)
     if fast(x, reference):
         return launch(x, *x.shape, rows=False, columns=True, pow2=True, before="E5M6")[1]
     return quantize_torch(quantize_torch(x, fmt=E5M6, pow2=True).dequantize().mT, pow2=True)
@@ -411,9 +411,11 @@ def quantize_swiglu_columns(h, gate=None, reference=False):
     return quantize_torch(swiglu_torch(h.dequantize(), gate).mT)
 
 
-def quantize_both(x, reference=False):
+def quantize_both(x, pow2=False, reference=False):
     """x [M, K] -> (quantize, quantize_columns) of it: what Dgrad and Wgrad need of a gradient."""
-    return quantize_triton(x, columns=True) if fast(x, reference) else (quantize_torch(x), quantize_torch(x.mT))
+    if fast(x, reference):
+        return quantize_triton(x, pow2, columns=True)
+    return quantize_torch(x, pow2=pow2), quantize_torch(x.mT, pow2=pow2)
 
 
 def quantize_blocks(w, reference=False):

@@ -365,7 +365,7 @@ class ExpertRanks:
     rank: int                                 # this one
     between: "dist.ProcessGroup" = None       # the ranks with its local index, one of each node; None: one node
     inside: "dist.ProcessGroup" = None        # the ranks of its node; None: one rank a node
-    fp8: bool = False                         # dispatch in E4M3, scales powers of two (3.3.3); combine, gradients not
+    fp8: bool = False                         # the ways there in E4M3, scales powers of two (3.3.3); those back not
     device: torch.device = torch.device("cpu")                                                # where the tokens are
     bytes_sent: dict = field(default_factory=lambda: {"between": 0, "inside": 0})             # to others than oneself
 
@@ -551,6 +551,12 @@ class Sent:
             tensors = hop.back(*tensors)
         return tensors
 
+    def there8(self, gradient):
+        """The way there of a gradient, in FP8 where the tokens travel so."""
+        if not self.ranks.fp8:
+            return self.there(gradient)
+        return (unpack(*self.there(*pack(gradient)), gradient.dtype),)
+
     # An exchange is under way between `start` and `finish`. Where they are in two parts of the layer, all that is
     # computed between the two hides it. What stands for it meanwhile is a tensor of no size, which ties their autograd
     # functions together: the backward of `finish` starts the exchange of the gradients, the transpose of the way, and
@@ -697,7 +703,7 @@ class MoE(nn.Module):
         """here + the routed experts: [B, T, D]."""
         if rows is None:
             return here
-        out, = sent.finish(Sent.there, rows)
+        out, = sent.finish(Sent.there8, rows)
         return here + out.unflatten(0, sent.routing.shape)
 
     def forward(self, x):

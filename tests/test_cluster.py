@@ -54,7 +54,7 @@ def test_with_a_perfect_network_the_bubble_is_the_published_form():
 
 
 def test_a_slow_network_shows():
-    slow = plan(*on(SMALL, "dualpipe", 16, 128, 16), Cluster(between=5e9))[0]
+    slow = plan(*on(SMALL, "dualpipe", 16, 128, 16), Cluster(between=2.5e9))[0]
     fast = plan(*on(SMALL, "dualpipe", 16, 128, 16))[0]
     assert slow["exposed"] > 4 * fast["exposed"] and slow["step"] > fast["step"]
     assert plan(*on(SMALL, "dualpipe", 16, 128, 1))[0]["travel"] == 0

@@ -17,6 +17,7 @@ import fp8
 import parallel
 from configs import UserError
 from experts import sum_triton
+from fp8_tiles import quantize
 from model import V3, official_tensors, target_totals
 from moe import ExpertRanks, Hop, MoE, Sent, joined, pack, parted, spread, unpack_torch, unpack_triton
 
@@ -192,9 +193,9 @@ def run_bytes(ranks, world):
 
 
 def run_fp8(nodes, locals, rank, between, inside):
-    """V3's width, few tokens: what a dispatch in FP8 sends, against BF16, and what arrives."""
+    """V3's width, few tokens: what the ways there send in FP8, against BF16, and what arrives."""
     x = torch.randn(1, 6, 7168, generator=torch.Generator().manual_seed(rank)).bfloat16()
-    arrived, sent, grads = [], [], []
+    arrived, sent, grads, gradients_sent = [], [], [], []
     for low in (False, True):
         moe = MoE(tiny(dim=7168, moe_inter_dim=4, n_routed_experts=16, n_activated_experts=8, n_expert_groups=8,
                        n_limited_groups=4, n_shared_experts=0))
@@ -211,8 +212,12 @@ def run_fp8(nodes, locals, rank, between, inside):
         torch.autograd.backward([tokens, weights], [torch.ones_like(tokens), torch.zeros_like(weights)])
         arrived.append(tokens.detach().float())
         grads.append(own.grad)
+        before = sum(ranks.bytes_sent.values())
+        same = torch.equal(there.there8(x[0])[0], tokens)                      # a gradient goes the tokens' way
+        gradients_sent.append(sum(ranks.bytes_sent.values()) - before)
     plain, low = arrived
-    return {"ratio": sent[1] / sent[0] if sent[0] else 0.5, "grads": torch.equal(*grads),
+    return {"ratio": sent[1] / sent[0] if sent[0] else 0.5, "grads": torch.equal(*grads), "same": same,
+            "gradients": gradients_sent[1] / gradients_sent[0] if gradients_sent[0] else 0.5,
             "error": ((low - plain).norm() / plain.norm()).item() if len(plain) else 0.03, "dtype": str(own.grad.dtype)}
 
 
@@ -254,7 +259,8 @@ def rank_main(rank, layout, folder):
     ranks = ExpertRanks(nodes, locals, rank, between, inside)
     out = {case: run_layer(case, ranks, world, torch.float64) for case in CASES}
     out["float32"] = run_layer("groups", ranks, world, torch.float32)
-    out["experts in fp8"] = run_layer("groups", ranks, world, torch.float32, low=True)
+    low = ExpertRanks(nodes, locals, rank, between, inside, fp8=True)
+    out["experts in fp8"] = run_layer("groups", low, world, torch.float32, low=True)
     out["model"] = run_model(ranks, world, torch.float64)
     out["model, recomputed"] = run_model(ranks, world, torch.float64, steps=1, recompute=True)
     out["model, float32"] = run_model(ranks, world, torch.float32, steps=1)
@@ -305,7 +311,7 @@ def test_a_layer_on_many_ranks_is_the_layer_in_values_and_every_gradient(case, l
 
 
 @EVERY
-def test_experts_in_fp8_are_the_same_on_many_ranks_but_for_the_tiles_of_wgrad(layout, ranks):
+def test_experts_in_fp8_that_also_travel_in_fp8_are_the_same_on_many_ranks_but_for_the_tiles_of_wgrad(layout, ranks):
     for result in ranks[layout]:
         numbers = result["experts in fp8"]["whole"]
         assert max(numbers[name] for name in ("y", "x", "gate.weight")) < 1e-6, numbers
@@ -345,11 +351,12 @@ def test_a_token_crosses_to_a_node_once_and_there_goes_to_a_rank_once(layout, ra
 
 
 @EVERY
-def test_a_dispatch_in_fp8_sends_half_of_bf16_scales_included(layout, ranks):
+def test_tokens_and_gradients_go_there_in_half_of_bf16s_bytes_scales_included(layout, ranks):
     for result in ranks[layout]:
         result = result["fp8"]
         print(f"{layout}: {result['ratio']:.4f} of the bytes, error {result['error']:.1e}")
-        assert result["ratio"] <= 0.52 and 0.01 < result["error"] < 0.04
+        assert result["ratio"] <= 0.52 and result["gradients"] <= 0.52 and 0.01 < result["error"] < 0.04
+        assert result["same"]
         assert result["grads"] and result["dtype"] == "torch.bfloat16"
 
 
@@ -445,3 +452,11 @@ def test_one_rank_keeps_its_experts_and_sends_nothing():
     x = torch.randn(1, 3, 32)
     (tokens, _), sent = moe.dispatch(x)
     assert moe.ranks is None and tokens.data_ptr() == x.data_ptr() and len(moe.w13) == 8
+
+
+def test_what_arrived_in_fp8_is_quantized_again_without_loss():
+    x = torch.randn(5, 384) * torch.logspace(-30, 3, 384)
+    came = unpack_torch(*pack(x), torch.bfloat16)
+    again = quantize(came, pow2=True)
+    assert torch.equal(again.dequantize(), came.float())
+    assert not torch.equal(quantize(came).dequantize(), came.float())          # with scales of any size it would be

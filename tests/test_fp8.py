@@ -238,7 +238,7 @@ def test_only_fp8_is_kept_of_an_input_and_no_copy_of_the_weight():
 
 
 def test_the_linear_after_attention_keeps_its_input_itself_and_rounds_it_to_12_bits_in_backward():
-    layer, x, dy = linear_fp8(140, 200, 60, Recipe(E5M6, reference=True))
+    layer, x, dy = linear_fp8(140, 200, 60, Recipe(E5M6, pow2=True, reference=True))
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         y = layer(x)
@@ -492,7 +492,10 @@ def test_convert_leaves_embedding_head_gates_norms_and_eh_proj_and_says_so():
     owners = {name.rpartition(".")[0] for name, _ in v3.named_parameters()}
     assert owners == expected | left.keys() and not expected & left.keys()     # nobody is forgotten
     recipes = {name: m.recipe for name, m in v3.named_modules() if getattr(m, "recipe", None)}
-    assert {name for name, recipe in recipes.items() if recipe.kept is E5M6} == {f"{b}.attn.wo" for b in blocks}
+    after = {f"{b}.attn.wo" for b in blocks}
+    assert {name for name, recipe in recipes.items() if recipe.kept is E5M6} == after
+    assert {name for name, recipe in recipes.items() if recipe.pow2} == after | {
+        name for name, m in v3.named_modules() if isinstance(m, MoE)}
 
 
 def test_the_gradients_of_an_fp8_model_point_where_those_of_a_float32_one_do():

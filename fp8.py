@@ -25,9 +25,9 @@ What Wgrad needs of the forward pass is kept in FP8 as well (3.3.3): the input o
 are made in backward; of an FFN's second Linear the input of the SwiGLU, whose output is made again. The input of the
 Linear after attention is rounded to 12 bits, E5M6, since attention's own backward needs it too; all its scales are
 powers of two, so that going from 1x128 to 128x1 tiles only moves exponents. V3 keeps these 12 bits, for both. Here
-attention keeps its output in BF16 anyway, so the Linear keeps that very tensor, no second one, and rounds in backward. Powers of two, too, are the scales
-of what travels to experts on other ranks, tokens forward and the gradients of their sums backward (moe.py): there it is
-quantized for its product again, and loses nothing.
+attention keeps its output in BF16 anyway, so the Linear keeps that very tensor, no second one, and rounds in backward.
+Powers of two are also the scales of what travels to experts on other ranks, tokens forward and the gradients of their
+sums backward (moe.py): there it is quantized once more, for its product, and loses nothing.
 
 In high precision stay the embedding, the head, the gates, the norms and attention itself (3.3.1). The optimizer's FP32
 weights are the masters: they are quantized once per step, not once per micro-batch. AdamW's moments are BF16. Nobody

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import build, random_tokens, tiny
+from conftest import build, random_tokens, run_ranks, tiny
 from torch import nn
 
 import dualpipe
@@ -642,8 +642,7 @@ if __name__ == "__main__":
 def ranks(tmp_path_factory):
     """{(number of ranks, rank): results}, of one run of this file."""
     folder = tmp_path_factory.mktemp("ranks")
-    done = subprocess.run([sys.executable, __file__, folder], cwd=ROOT, capture_output=True, text=True, timeout=120,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+    done = run_ranks(__file__, folder, timeout=120)
     out = {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
     assert len(out) == 1 + 2 + 4 + 8 + 3, done.stderr
     return out

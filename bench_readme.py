@@ -216,7 +216,8 @@ def tables():
             *(f"| {name} | {cell(short.get(name))} | {cell(both.get(name))} |" for name in {**both, **short}), "",
             f"{quality['gpu']}; {steps * 32 * 1024 / tokens:.2f} passes over the text in the longer runs."
             + (f" The first of them, trained in BF16, multiplied in FP8: validation {low:.4f} "
-               f"({low / quality['runs'][0]['val_loss'] - 1:+.2%})." if (low := quality.get("first_in_fp8")) else ""), "",
+               f"({low / quality['runs'][0]['val_loss'] - 1:+.2%})." if (low := quality.get("first_in_fp8")) else ""),
+            "",
             "![loss in BF16 and FP8, and their distance](results/fp8_quality.png)"])
     if small:
         whole, low8 = small["runs"]

@@ -382,9 +382,10 @@ def trained(modules):
     return [p for p in nn.ModuleList(modules).parameters() if p.requires_grad]
 
 
-def copied(kind, ranks, modules, shared=()):
-    """The parameters of a rank's stages that another rank of the pipeline holds too."""
-    return {"dualpipe": trained(modules), "dualpipev": []}.get(kind, list(shared) if ranks > 1 else [])
+def copied(kind, modules, shared=()):
+    """The parameters of a rank's stages that the rank P-1-r holds too: in dualpipe all of them; in 1f1b and zb1p those
+    `shared`, of the first stage and used by the last one too (V3's embedding, which MTP reads)."""
+    return {"dualpipe": trained(modules), "dualpipev": []}.get(kind, list(shared))
 
 
 class DualPipe:
@@ -394,12 +395,8 @@ class DualPipe:
     zb1p, two for the others. A stage maps its input to (output, local loss or None); the first one's inputs, and the
     labels, are a micro-batch of what `step` gets; the outputs of all but the last are tensors like `like`.
     criterion(output, labels) -> the last stage's loss. Losses are summed, never averaged. group: the pipeline's ranks;
-    its timeout ends a rank whose neighbour is gone. shared: parameters, if any, that belong to the first stage and are
-    used by the last one too: of both ends the same number (V3's embedding, which MTP reads).
-
-    What two ranks hold (`copies`: in dualpipe everything, in 1f1b and zb1p what is shared) has the sum of both
-    gradients after `step`. `owned` are the parameters that this rank counts, in norms and sizes, and writes to
-    checkpoints: each of the model's is owned by one rank, in dualpipe by that which runs its stage in direction 0.
+    its timeout ends a rank whose neighbour is gone. The gradients are those of this rank's work; of parameters that are
+    `copied` the caller sums both ranks' (parallel.Shares).
 
     A backward is cut into I and W through the parameters: during an I each of them has a list as `queue`, and the
     autograd functions that know of it (fp8.weight_gradient) put their dW there; W runs the list. All other gradients
@@ -409,7 +406,7 @@ class DualPipe:
     after the other, for comparison.
     """
 
-    def __init__(self, kind, stages, criterion, like, group=None, shared=(), overlap=True):
+    def __init__(self, kind, stages, criterion, like, group=None, overlap=True):
         self.kind, self.stages, self.criterion, self.like = kind, list(stages), criterion, like
         self.group = group or dist.group.WORLD
         self.rank, self.ranks = dist.get_rank(self.group), dist.get_world_size(self.group)
@@ -418,17 +415,15 @@ class DualPipe:
             raise UserError(f"{kind}: {len(self.stages)} stages given to rank {self.rank}, it runs {len(here)}")
         # The lower stage first, so that the two ranks that hold the same stages list what they have in one order.
         self.in_order = [module for _, module in sorted(zip(here, self.stages), key=lambda at: at[0])]
-        self.parameters = trained(self.in_order)
-        self.copies = copied(kind, self.ranks, self.in_order, shared)
-        elsewhere = {id(p) for p in shared} if self.rank else ()
-        self.owned = [p for p in trained(self.stages if kind == "dualpipev" else self.stages[:1])
-                      if id(p) not in elsewhere]
-        self.overlap = overlap
+        self.parameters, self.overlap = trained(self.in_order), overlap
         # NCCL connects a group, and two ranks of it, when all that it concerns first ask for it, and holds up the host
         # until then. So now: in the midst of a step one might ask for what the other only asks for later.
         peers = [peer for peer in (self.rank - 1, self.rank + 1) if 0 <= peer < self.ranks]
-        self.complete([dist.P2POp(op, like.new_zeros(1), group=self.group, group_peer=peer) for peer in peers
-                       for op in (dist.isend, dist.irecv)], " or ".join(map(str, peers)))
+        ops = [dist.P2POp(op, like.new_zeros(1), group=self.group, group_peer=peer) for peer in peers
+               for op in (dist.isend, dist.irecv)]
+        with self.reaching(" or ".join(map(str, peers))):
+            for work in dist.batch_isend_irecv(ops) if ops else ():
+                work.wait()
         self.plans = {}                                          # (micro-batches, training) -> (steps, exchanges)
 
     def step(self, microbatches, inputs=None, labels=None):
@@ -436,7 +431,7 @@ class DualPipe:
 
         inputs, labels [N, ...]: the whole batch, cut along its first dim; ranks that hold no end of the model may leave
         them out. dualpipe sends the first half in at rank 0, the second at the last rank. -> the sum of all losses, a
-        float, on every rank. Gradients are added to .grad; those of copies are summed.
+        float, on every rank. Gradients are added to .grad.
 
         An exception on one rank is raised on all, as RuntimeError with its rank and message: that rank goes on sending
         zeros, so that nobody waits in vain, and at the end every rank tells how it fared. Gradients are then worthless.
@@ -448,10 +443,6 @@ class DualPipe:
         self.arrived, self.leaving, self.held, self.late = {}, {}, {}, {}
         self.sending, self.receiving, self.loss, error = {}, {}, 0.0, None
         steps, plan = self.plan(microbatches, training)
-        copies = self.copies if training else []
-        earlier = [p.grad for p in copies]
-        for p in copies:                                         # what they have of earlier batches is summed already
-            p.grad = None
         for step, exchange in zip(steps, plan):
             self.exchange(exchange)
             for part, dir, mb in step.parts:
@@ -469,11 +460,6 @@ class DualPipe:
             dist.all_gather_object(reports, (told, float(self.loss)), group=self.group)
         if told := "; ".join(told for told, _ in reports if told):
             raise RuntimeError(told) from error
-        for p in copies:
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        self.sum_copies([p.grad for p in copies])
-        for p, grad in zip(copies, earlier):
-            p.grad = p.grad if grad is None else grad.add_(p.grad)
         return sum(loss for _, loss in reports)
 
     def plan(self, microbatches, training):
@@ -485,22 +471,6 @@ class DualPipe:
                 lists = [[Step(*part) for step in steps for part in step.parts if part[0] == "F"] for steps in lists]
             self.plans[key] = lists[self.rank], exchanges(self.kind, lists)[self.rank]
         return self.plans[key]
-
-    def sum_copies(self, tensors):
-        """Add to each tensor, in place, that of the rank with the copies (P-1-r). Both give theirs in the same order:
-        with buffers of the stages, that of `in_order`."""
-        other = [torch.empty_like(t) for t in tensors]
-        ops = [dist.P2POp(op, t, group=self.group, group_peer=self.ranks - 1 - self.rank, tag=tag)
-               for tag, pair in enumerate(zip(tensors, other)) for op, t in zip((dist.isend, dist.irecv), pair)]
-        self.complete(ops, self.ranks - 1 - self.rank)
-        for mine, theirs in zip(tensors, other):
-            mine += theirs
-
-    def complete(self, ops, peer):
-        """Send and receive as one batch, and wait for it."""
-        with self.reaching(peer):
-            for work in dist.batch_isend_irecv(ops) if ops else ():
-                work.wait()
 
     def micro_batch(self, name, dir, mb):
         """Micro-batch mb of direction dir of the batch's "inputs" or "labels"."""

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import backend
-from fp8_tiles import BLOCK, fast, step_of
+from fp8_tiles import BLOCK, E4M3, fast, step_of
 
 if backend.has_triton():
     import triton
@@ -26,13 +26,18 @@ if backend.has_triton():
 # --- the product ------------------------------------------------------------------------------------------------------
 
 def dot_limited(a, b, y, kept=14):
-    """y [M, N] + a [M, K] b [N, K]^T as Hopper's tensor cores add up: 32 products and the sum so far are shifted to
-    the exponent of the largest of them, cut off below its `kept` bits, and added (3.3.2)."""
+    """y [M, N] + a [M, K] b [N, K]^T, numbers of E4M3, as Hopper's tensor cores add up: 32 products and the sum so far
+    are shifted to the largest of their exponents, cut off below `kept` bits, and added, and the sum keeps as many bits
+    (3.3.2). A product's exponent is what its factors' add up to: 1.5 * 1.5 = 2.25 still has that of 1, and not of 2.
+    (So it is bit for bit, found arXiv 2511.10909.)"""
+    cut = lambda x, step: (x / step).trunc() * step
     for start in range(0, a.shape[1], 32):
-        terms = a[:, None, start:start + 32] * b[None, :, start:start + 32]                   # [M, N, 32], exact
-        terms = torch.cat([y.unsqueeze(-1), terms], -1)
-        step = step_of(terms.abs().amax(-1, keepdim=True), kept - 1, -100)
-        y = ((terms / step).trunc() * step).sum(-1)
+        left, right = a[:, None, start:start + 32], b[None, :, start:start + 32]
+        terms = torch.cat([y[..., None], left * right], -1)                                   # [M, N, 1 + 32], exact
+        powers = step_of(left, 0, E4M3.lowest) * step_of(right, 0, E4M3.lowest)               # 2^exponent
+        powers = torch.cat([step_of(y[..., None], 0, -100), powers], -1).masked_fill(terms == 0, 2.0 ** -100)
+        y = cut(terms, powers.amax(-1, keepdim=True) * 2.0 ** (1 - kept)).sum(-1)
+        y = cut(y, step_of(y, kept - 1, -100))
     return y
 
 

@@ -400,7 +400,7 @@ def stages(config, count, mine, initialize=True, a=None):
     arithmetic(config), where it is known.
 
     Where the first and the last are both here, as in DualPipe, they share the embedding, which MTP reads; elsewhere
-    (1F1B) both ends hold one, and the pipeline adds their gradients (`shared`). UserError if the layers are too few.
+    (1F1B) both ends hold one, and their gradients are summed (`shared`). UserError if the layers are too few.
     """
     cuts = balanced(config, count, a)
     out = {i: Stage(config, range(*cuts[i:i + 2]), i == 0, i == count - 1, initialize) for i in mine}
@@ -410,7 +410,7 @@ def stages(config, count, mine, initialize=True, a=None):
 
 
 def shared(stages):
-    """What the last stage of these, or of a pipeline's other end, uses of the first: DualPipe wants to know."""
+    """What the last stage of these, or of a pipeline's other end, uses of the first (dualpipe.copied)."""
     return list({s.embed.weight: None for s in stages if s.config.n_mtp and (s.first or s.last)})
 
 

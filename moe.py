@@ -574,10 +574,11 @@ class Sent:
         stream = self.ranks.stream
         ready = torch.cuda.current_stream().record_event() if stream else None
 
+        @torch.no_grad()
         def run():
-            with torch.no_grad(), torch.cuda.stream(stream):                                  # None: no stream
-                if not stream:
-                    return way(self, *tensors), None
+            if not stream:                    # nor torch.cuda.stream(None): it wakes a GPU, where there is one
+                return way(self, *tensors), None
+            with torch.cuda.stream(stream):
                 stream.wait_event(ready)
                 for t in tensors:
                     t.record_stream(stream)   # freed by its owner, it must outlive this

@@ -53,7 +53,7 @@ def build(c, device, mesh, from_folder):
         return modules, None
     criterion = next((stage.criterion for stage in modules if stage.last), None)
     like = modules[0].like(c.micro_batch_size)
-    pipe = DualPipe(c.pipeline, modules, criterion, like, mesh.pp_group, shared(modules))
+    pipe = DualPipe(c.pipeline, modules, criterion, like, mesh.pp_group)
     if from_folder:
         whole = official_tensors(from_hf(c.init_from, n_mtp=c.n_mtp))
         for stage in modules:
@@ -83,8 +83,7 @@ def spread_experts(c, modules, mesh):
 
 def held(c, mesh, modules):
     """{name: (parameter, (is it experts?, does another rank of the pipeline hold it too?))} of the modules."""
-    copied = dualpipe.copied(c.pipeline, mesh.pp, modules, shared(modules)) if mesh.pp > 1 else ()
-    copied = {id(p) for p in copied}
+    copied = {id(p) for p in dualpipe.copied(c.pipeline, modules, shared(modules))} if mesh.pp > 1 else ()
     return {name: (p, (p.ndim == 3, id(p) in copied))                                 # of three dims: stacked experts
             for module in modules for name, p in module.named_parameters()}
 
@@ -92,8 +91,6 @@ def held(c, mesh, modules):
 def replicas(c, mesh, modules, pipe):
     """(parallel.Shares of the modules' parameters, the group whose counts of a gate's load belong together)."""
     groups = {name: (p, mesh.replicas.get(kind)) for name, (p, kind) in held(c, mesh, modules).items()}
-    if pipe:
-        pipe.copies = []                                     # their gradients are summed with those of other replicas
     counters = mesh.replicas.get((False, bool(pipe) and c.pipeline == "dualpipe"))
     return parallel.Shares(groups, c.zero1, torch.bfloat16 if c.grad_sum == "bf16" else None), counters
 

@@ -1,12 +1,14 @@
 """What the tests share: a tiny Config, a model in which nothing is neutral, and a comparison that prints its error."""
 import os
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"                   # before Triton is imported: its kernels run on the CPU then
 
@@ -74,6 +76,14 @@ def gradients(module):
     out = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in module.named_parameters()}
     module.zero_grad()
     return out
+
+
+def run_ranks(file, folder, timeout):
+    """Run a test file as a script, whose ranks, processes forked from one that has torch, leave results in `folder`.
+    They compute on the CPU, and see no GPU: a fork can't use one that its parent has but looked for."""
+    return subprocess.run([sys.executable, file, folder], cwd=ROOT, capture_output=True, text=True, timeout=timeout,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
+                               "CUDA_VISIBLE_DEVICES": ""})
 
 
 def save_tokenizer(encoding, path):

@@ -14,12 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import build, random_tokens, tiny
+from conftest import build, random_tokens, run_ranks, tiny
 from torch import nn
 
 import dualpipe
 import model
 import moe
+import parallel
 from bench_pipeline import Sleep, Sleeper
 from configs import UserError
 from dualpipe import KINDS, DualPipe, Step, bubble, layout, mirror, picture, schedule, simulate, source, stage
@@ -366,6 +367,17 @@ def error(ours, theirs):
     return ((ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-30)).item()
 
 
+def shares(kind, pipe, named, twins, shared=()):
+    """Who sums and who owns what of {name: parameter}, the same in two ranks that hold the same."""
+    copied = {id(p) for p in dualpipe.copied(kind, pipe.in_order, shared)}
+    return parallel.Shares({name: (p, twins if id(p) in copied else None) for name, p in named.items()}, zero1=False)
+
+
+def twins_of(rank, groups):
+    """The group of this rank among `groups` of ranks, which all make."""
+    return next(group for ranks, group in [(ranks, dist.new_group(ranks)) for ranks in groups] if rank in ranks)
+
+
 def run_layers(kind, rank, ranks):
     """One process, then the pipeline: loss, gradients once and accumulated, evaluation, what is put off and freed."""
     M = 3 * ranks + ranks % 2
@@ -380,6 +392,8 @@ def run_layers(kind, rank, ranks):
 
     mine = [Layer(i) for i in layout(kind, ranks, rank)[1]]
     pipe = DualPipe(kind, mine, squared, torch.empty(2, D, dtype=torch.float64))
+    named = {f"{i}.{name}": p for i, module in enumerate(pipe.in_order) for name, p in module.named_parameters()}
+    replicas = shares(kind, pipe, named, twins_of(rank, [[r, ranks - 1 - r] for r in range(ranks // 2)]))
     put_off, sending, run = set(), [], pipe.run
 
     def watched(step):
@@ -390,13 +404,18 @@ def run_layers(kind, rank, ranks):
     pipe.run = watched
     ends = rank in (0, ranks - 1)
     loss = pipe.step(M, x if ends else None, labels if ends else None)
+    replicas.sum_gradients()
     grads = [(p.grad.clone(), q.grad) for ours, i in zip(mine, layout(kind, ranks, rank)[1])
              for p, q in zip(ours.parameters(), whole[i].parameters())]
     with torch.no_grad():
         evaluated = pipe.step(M, x, labels)
     left = [len(kept) for kept in (pipe.held, pipe.late, pipe.arrived, pipe.sending, pipe.receiving)]
     same = all(torch.equal(p.grad, g) for p, (g, _) in zip((p for ours in mine for p in ours.parameters()), grads))
-    pipe.step(M, x, labels)
+    for ours in mine:
+        ours.zero_grad()
+    for _ in range(2):
+        pipe.step(M, x, labels)
+    replicas.sum_gradients()
     twice = [p.grad for ours in mine for p in ours.parameters()]
     return {"loss": abs(loss / want.item() - 1), "evaluated": abs(evaluated / want.item() - 1), "untouched": same,
             "grads": max(error(ours, theirs) for ours, theirs in grads),
@@ -445,15 +464,17 @@ def run_v3(kind, rank, ranks, micro_batches=1, ep=1, **changes):
     for s in stages:
         s.load_state_dict({name: whole.state_dict()[name] for name in s.state_dict()})
     moe.spread(nn.ModuleList(stages), moe.ExpertRanks(1, ep, rank % ep, inside=spread))
-    pipe = DualPipe(kind, stages, next((s.criterion for s in stages if s.last), None), stages[0].like(1), line,
-                    shared=model.shared(stages))
+    pipe = DualPipe(kind, stages, next((s.criterion for s in stages if s.last), None), stages[0].like(1), line)
     cuts, run = [], pipe.run
     pipe.run = lambda step: (run(step), cuts.extend(len(held[-1]) for held in pipe.held.values()))
     here, labels = (t[rank % ep * M:][:M] for t in (tokens, torch.where(valid, tokens, ~tokens)))
     for s in stages:
         s.begin(totals, mtp_weight=0.7)
     took = pipe.step(M, here, labels)
-    ours = {name: p for s in stages for name, p in s.named_parameters()}
+    ours = {name: p for s in pipe.in_order for name, p in s.named_parameters()}
+    twins = twins_of(rank, [[ep * r + e, ep * (pp - 1 - r) + e] for r in range(pp // 2) for e in range(ep)])
+    replicas = shares(kind, pipe, ours, twins, model.shared(stages))
+    replicas.sum_gradients()
     theirs = {name: p.grad for name, p in whole.named_parameters()}
     experts = len(whole.mtp[0].block.ffn.w13) // ep
     for name, p in ours.items():
@@ -464,10 +485,10 @@ def run_v3(kind, rank, ranks, micro_batches=1, ep=1, **changes):
     gates = dict(whole.named_modules())
     gates = [(gate, gates[name]) for s in pipe.in_order for name, gate in s.named_modules() if isinstance(gate, Gate)]
     if kind == "dualpipe":
-        pipe.sum_copies([gate.load for gate, _ in gates])
+        parallel.add([gate.load for gate, _ in gates], twins)
     for gate, _ in gates:
         dist.all_reduce(gate.load, group=spread)
-    owned, parts_here = {id(p) for p in pipe.owned}, [sum(float(s.parts[name]) for s in stages) for name in parts]
+    parts_here = [sum(float(s.parts[name]) for s in stages) for name in parts]
 
     for s in stages:
         s.eval()
@@ -481,7 +502,7 @@ def run_v3(kind, rank, ranks, micro_batches=1, ep=1, **changes):
             "parts": parts_here, "whole": list(parts.values()),
             "grads": max(error(p.grad, theirs[name]) for name, p in ours.items()),
             "moved": min(grad.abs().max().item() for name, grad in theirs.items() if name in ours),
-            "owned": sorted(name for name, p in ours.items() if id(p) in owned), "names": sorted(theirs)}
+            "owned": sorted(replicas.owned), "names": sorted(theirs)}
 
 
 class Far(ThreadPoolExecutor):
@@ -642,8 +663,7 @@ if __name__ == "__main__":
 def ranks(tmp_path_factory):
     """{(number of ranks, rank): results}, of one run of this file."""
     folder = tmp_path_factory.mktemp("ranks")
-    done = subprocess.run([sys.executable, __file__, folder], cwd=ROOT, capture_output=True, text=True, timeout=120,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+    done = run_ranks(__file__, folder, timeout=120)
     out = {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
     assert len(out) == 1 + 2 + 4 + 8 + 3, done.stderr
     return out

@@ -2,16 +2,15 @@
 import datetime
 import json
 import multiprocessing
-import os
-import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import GPU, GROUPS, agree, build, lively, no_triton, random_tokens, tiny
+from conftest import GPU, GROUPS, agree, build, lively, no_triton, random_tokens, run_ranks, tiny
 
 import fp8
 import parallel
@@ -21,7 +20,6 @@ from fp8_tiles import quantize
 from model import V3, official_tensors, target_totals
 from moe import ExpertRanks, Hop, MoE, Sent, joined, pack, parted, spread, unpack_torch, unpack_triton
 
-ROOT = Path(__file__).resolve().parent.parent
 LAYOUTS = {"1x2": (1, 2), "2x2": (2, 2), "2x4": (2, 4), "4x2": (4, 2)}                           # nodes x ranks of each
 
 
@@ -287,8 +285,7 @@ if __name__ == "__main__":
 def ranks(tmp_path_factory):
     """{layout: the results of its ranks}, of one run of this file."""
     folder = tmp_path_factory.mktemp("ranks")
-    done = subprocess.run([sys.executable, __file__, folder], cwd=ROOT, capture_output=True, text=True, timeout=240,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+    done = run_ranks(__file__, folder, timeout=240)
     out = {layout: [json.loads(path.read_text()) for path in sorted(folder.glob(f"{layout}.*.json"))]
            for layout in LAYOUTS}
     assert {layout: len(results) for layout, results in out.items()} == \
@@ -365,6 +362,18 @@ def test_an_exchange_is_waited_for_in_the_next_part_forward_and_backward(ranks):
         times = result["overlap"]
         assert times["dispatch"] < 0.5 < times["experts"]
         assert times["combine backward"] < 0.5 < times["experts backward"]
+
+
+def test_an_exchange_on_the_cpu_leaves_a_gpu_of_the_machine_alone(monkeypatch):
+    def asked(*_):
+        raise RuntimeError("torch.cuda was asked")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", asked)
+    x, sent = torch.randn(3, requires_grad=True), SimpleNamespace(ranks=ExpertRanks(1, 1, 0))
+    Sent.begin(sent, lambda _, x: 2 * x, (x,))
+    y = Sent.end(sent)
+    assert torch.equal(y, 2 * x) and not y.requires_grad
+    sent.ranks.thread.shutdown()
 
 
 @no_triton

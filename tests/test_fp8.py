@@ -190,6 +190,13 @@ def test_a_tensor_cores_sum_drops_what_lies_below_its_14_bits():
     assert fp8_gemm.dot_limited(-a, b, torch.zeros(1, 1)).item() == -1.0            # cut off towards zero
 
 
+def test_a_tensor_core_shifts_a_product_by_its_factors_exponents_and_cuts_the_sum_off_once_more():
+    a, b = torch.tensor([[1.5, 2.0 ** -6, 2.0 ** -6]]), torch.tensor([[1.5, 2.0 ** -7, 2.0 ** -7]])
+    sums = [fp8_gemm.dot_limited(a[:, :n], b[:, :n], torch.zeros(1, 1)).item() for n in (1, 2, 3)]
+    # A last bit of 2^-13, as 1.5 * 1.5 has the exponent of 1. Of the sum, which has that of 2, it is 2^-12.
+    assert sums == [2.25, 2.25, 2.25 + 2.0 ** -12]
+
+
 def test_promotion_keeps_a_long_sum_as_good_as_a_short_one():
     a, b = (quantize_torch(torch.rand(16, 4096)) for _ in range(2))
     a, b = (Quantized(q.values, torch.ones_like(q.scale)) for q in (a, b))

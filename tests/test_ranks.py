@@ -85,6 +85,7 @@ def rank_main(rank, world, port, log, argv, fault):
     for stream in (1, 2):
         os.dup2(out, stream)
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+    torch.cuda.is_available = lambda: False              # a fork can't use the GPU that its parent may have looked for
     if fault:
         fault(rank)
     parallel.cli(train.main)

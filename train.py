@@ -224,7 +224,7 @@ class Training:
         self.optimizer = make_optimizer(c, self.shares.updated.values())
         averaged = self.shares.owned if c.ema_decay else {}
         self.ema = {name: p.detach().to("cpu", copy=True) for name, p in averaged.items()}
-        if self.pipe:                              # it puts gradients off, and takes care of them, itself
+        if self.pipe:                              # which has queues of its own, and sends no gradient early
             return
         v3 = self.modules[0]
         if c.compile:

@@ -45,7 +45,6 @@ import tempfile
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -63,11 +62,9 @@ from bench_readme import readme
 from configs import UserError
 from data import Data, documents, split
 from experts_few import MAX_TOKENS
-from fp8 import AtOnce
 from measure import HERE, call, checkpoints_of, lines, record, train
-from model import V3
-from parallel import latest, read_state
-from train import Recorded, bias_update_speed, forward_backward, learning_rate, make_optimizer, mtp_weight
+from parallel import Mesh, latest, read_state
+from train import Training
 
 # --- tiny: the default job --------------------------------------------------------------------------------------------
 
@@ -246,26 +243,14 @@ def trained_here(c):
     """A Config's model after all its steps, and its Data: train.run's loop without a checkpoint, which for
     configs/bench_1b.py would be 10 GB and take longer than the training."""
     data, device = Data(c), backend.device(c.device)
-    with device:
-        v3 = V3(c).train()
-    recorded = backend.training_graph(device, c)[0] == "CUDA graph"
-    micro_batch = Recorded(v3) if recorded else partial(forward_backward, v3)
-    optimizer = make_optimizer(c, v3.parameters())
-    totals = [c.batch_size * c.seq_len] * (c.n_mtp + 1), c.batch_size
-    for p in v3.parameters():
-        p.queue = AtOnce()
+    training = Training(c, device, Mesh())
     for i in range(c.max_steps):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(c, i)
-        parts = micro_batch(data.batch(i, 0, 1).to(device), totals, mtp_weight(c, i))
-        torch.nn.utils.clip_grad_norm_(v3.parameters(), c.grad_clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        for gate in v3.gates():
-            gate.update_bias(bias_update_speed(c, i))
+        parts = training.forward_backward(data.batch(i).to(device), i)
+        training.sum_gradients()
+        training.update(i)
         if (i + 1) % 100 == 0:
             print(f"step {i + 1}: loss {parts['loss'].item():.3f}, mtp {parts['mtp_loss'].item():.3f}", flush=True)
-    return v3.eval(), data
+    return training.modules[0].eval(), data
 
 
 def speculation(options):

@@ -22,7 +22,6 @@ import tempfile
 import time
 import traceback
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -34,14 +33,12 @@ import backend
 import cluster
 import configs
 import dualpipe
-import model
 import moe
 import parallel
 import ranks
 import train
 from bench_pipeline import Pairs, lanes, longest
 from configs import UserError
-from fp8 import AtOnce
 from measure import HERE, chosen, kept, lines, record
 from model import arithmetic, official_tensors
 from parallel import write_atomic
@@ -482,35 +479,17 @@ def scaling_config(small, world, case):
     return c.replace(batch_size=many * c.micro_batch_size * (1 if case.endswith("1 GPU") else world))
 
 
-def step(c, mesh, device, parts, tokens):
-    """train.run's step on random tokens: (seconds, seconds of forward and backward)."""
-    modules, pipe, micro_batch, shares, counters, optimizer = parts
-    gates = [gate for module in modules for gate in module.gates()]
-    totals = [c.batch_size * c.seq_len] * (c.n_mtp + 1), c.batch_size
+def step(job, training, tokens):
+    """train.run's step on random tokens, the first after the warmup: (seconds, seconds of forward and backward)."""
+    mesh, number = training.mesh, training.c.warmup_steps
     mesh.most(0)
     began = time.perf_counter()
-    if pipe:
-        ranks.pipelined(c, pipe, tokens, totals, c.mtp_weight)
-    else:
-        micros = tokens.split(c.micro_batch_size)
-        shares.expect(len(micros))
-        for micro in micros:
-            micro_batch(micro, totals, c.mtp_weight)
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    training.forward_backward(tokens, number)
+    job.sync()
     computed = time.perf_counter() - began
-    shares.sum_gradients()
-    shares.clip(c.grad_clip, mesh)
-    parallel.add([gate.load for gate in gates], counters)
-    optimizer.step()
-    shares.send_updated()
-    for gate in gates:
-        gate.update_bias(c.bias_update_speed)
-    shares.receive_updated()
-    for module in modules:
-        module.zero_grad(set_to_none=True)
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    training.sum_gradients()
+    training.update(number)
+    job.sync()
     return mesh.most(time.perf_counter() - began), mesh.most(computed)
 
 
@@ -550,27 +529,18 @@ def scaling(job, case):
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-    modules, pipe = ranks.build(c, device, mesh, False)
-    shares, counters = ranks.replicas(c, mesh, modules, pipe)
-    optimizer = train.make_optimizer(c, shares.updated.values())
-    for p in modules[0].parameters() if not pipe else ():
-        p.queue = AtOnce()
-    recorded = backend.training_graph(device, c, mesh.world)[0] == "CUDA graph"
-    hooks = [p.register_post_accumulate_grad_hook(shares.arrived)
-             for p in (modules[0].parameters() if mesh.world > 1 and not pipe else ())]
-    micro_batch = train.Recorded(modules[0]) if recorded else partial(train.forward_backward, modules[0])
-    parts = modules, pipe, micro_batch, shares, counters, optimizer
+    training = train.Training(c, device, mesh)
     tokens = torch.randint(c.vocab_size, (c.batch_size // mesh.dp, c.seq_len + 1 + c.n_mtp), device=device)
     for _ in range(2):                         # kernels are compiled, memory is taken, then graphs are recorded
-        step(c, mesh, device, parts, tokens)
-    spans = timed_steps(pipe, device) if pipe else []
-    times = [step(c, mesh, device, parts, tokens) for _ in range(steps)]
+        step(job, training, tokens)
+    spans = timed_steps(training.pipe, device) if training.pipe else []
+    times = [step(job, training, tokens) for _ in range(steps)]
     seconds, computed = (statistics.median(column) for column in zip(*times))
     out = {"seconds": seconds, "computed": computed, "tokens": c.batch_size * c.seq_len,
            "peak_bytes": backend.peak_memory(device) - before}
-    for hook in hooks:                         # or parameters and shares, which hold each other, outlive the case
+    for hook in training.hooks:                      # or parameters and shares, which hold each other, outlive the case
         hook.remove()
-    if pipe:
+    if training.pipe:
         mean = {kind: statistics.mean(ms() for k, ms in spans if k == kind) / 1e3 for kind in {k for k, _ in spans}}
         out["durations"] = mesh.gather(mean)[::mesh.dp]                        # of each rank of the first pipeline
         F, B, W, FB = ([mean.get(kind) for mean in out["durations"]] for kind in ("F", "B", "W", "FB"))
@@ -660,13 +630,8 @@ def measure_restart(world, device, folder, limit=150):
 def warm(job, case):
     """Compile into Triton's cache on disk what the later parts run; the results are nobody's."""
     if case == "bench_1b":
-        c = shipped("bench_1b.py", n_layers=2)
-        with job.device:
-            v3 = model.V3(c)
-        for p in v3.parameters():
-            p.queue = AtOnce()
-        v3.loss(torch.randint(c.vocab_size, (c.micro_batch_size, c.seq_len + 1), device=job.device))[0].backward()
-        train.make_optimizer(c.replace(moments="bf16"), v3.parameters()).step()
+        training = train.Training(c := shipped("bench_1b.py", n_layers=2, moments="bf16"), job.device, parallel.Mesh())
+        step(job, training, torch.randint(c.vocab_size, (c.micro_batch_size, c.seq_len + 1), device=job.device))
     else:
         dist.init_process_group("gloo", store=dist.PrefixStore(case, job.store), rank=0, world_size=1)
         c = v3_layers(False, case, 8).replace(n_layers=2)

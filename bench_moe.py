@@ -3,7 +3,6 @@ import gc
 import importlib.util
 import statistics
 import time
-from functools import partial
 
 import torch
 
@@ -17,8 +16,9 @@ import moe
 from bench_fp8 import V3_LINEARS, fp8_prepare
 from configs import UserError
 from measure import chosen, compiled_beside, in_turn, kept, milliseconds, needs_fp8, record, replayed
-from model import V3, Block, arithmetic, hf_config
-from train import Recorded, forward_backward, make_optimizer
+from model import Block, arithmetic, hf_config
+from parallel import Mesh
+from train import Training, make_optimizer
 
 # --- the experts on a GPU ---------------------------------------------------------------------------------------------
 
@@ -132,23 +132,18 @@ def moe_on_a_gpu(options):
 # --- a training step, beside transformers' ----------------------------------------------------------------------------
 
 def our_step(c, form):
-    """-> (a function that gives the weights the gradients of tokens [B, T+1], the optimizer, what else ends an
-    optimizer step): as train.py trains a Config's model."""
-    with torch.device("cuda"):
-        v3 = V3(c).train()
-    if form == "compiled":
-        for block in v3.layers:
-            block.compile()
-    else:
-        for p in v3.parameters():
-            p.queue = fp8.AtOnce()
-    micro_batch = Recorded(v3) if form == "graph" else partial(forward_backward, v3)
+    """-> (a training step on tokens [B, T+1+n_mtp], the weights): train.py's, the first after the warmup."""
+    c, device = c.replace(graph=form == "graph", compile=form == "compiled"), torch.device("cuda")
+    path, why = backend.training_graph(device, c)
+    if form == "graph" and path != "CUDA graph":
+        raise UserError(f"bench.py step: no CUDA graph here ({why}); --parts=launched,compiled run without")
+    training = Training(c, device, Mesh())
 
-    def end():
-        for gate in v3.gates():
-            gate.update_bias(c.bias_update_speed)
-    totals = [c.micro_batch_size * c.seq_len] * (c.n_mtp + 1), c.micro_batch_size
-    return lambda tokens: micro_batch(tokens, totals, c.mtp_weight), make_optimizer(c, v3.parameters()), end
+    def step(tokens):
+        training.forward_backward(tokens, c.warmup_steps)
+        training.sum_gradients()
+        training.update(c.warmup_steps)
+    return step, list(training.modules[0].parameters())
 
 
 def their_step(c, form):
@@ -160,10 +155,15 @@ def their_step(c, form):
                                                  experts_implementation="grouped_mm").train()
     forward = torch.compile(model, dynamic=False) if form == "compiled" else model
 
-    def micro_batch(tokens):                                                               # the model shifts the labels
+    weights = list(model.parameters())
+    optimizer = torch.optim.AdamW(weights, lr=c.lr, betas=(c.beta1, c.beta2), weight_decay=c.weight_decay, fused=True)
+
+    def step(tokens):                                                                      # the model shifts the labels
         forward(input_ids=tokens[:, :-1], labels=tokens[:, :-1], use_cache=False).loss.backward()
-    return micro_batch, torch.optim.AdamW(model.parameters(), lr=c.lr, betas=(c.beta1, c.beta2),
-                                          weight_decay=c.weight_decay, fused=True), lambda: None
+        torch.nn.utils.clip_grad_norm_(weights, c.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return step, weights
 
 
 STEPS = {                                     # the model, how it is started, what its Config changes
@@ -175,17 +175,12 @@ STEPS = {                                     # the model, how it is started, wh
 def training_step(name, c, steps=8):
     """Tokens/s and peak bytes of whole training steps of a Config's model on random tokens."""
     make, form, changes = STEPS[name]
-    micro_batch, optimizer, end = make(c.replace(**changes), form)
-    weights, times = [p for group in optimizer.param_groups for p in group["params"]], []
+    (step, weights), times = make(c.replace(**changes), form), []
     tokens = torch.randint(c.vocab_size, (c.micro_batch_size, c.seq_len + 1 + c.n_mtp), device="cuda")
     torch.cuda.reset_peak_memory_stats()
     for _ in range(steps):
         began = time.perf_counter()
-        micro_batch(tokens)
-        torch.nn.utils.clip_grad_norm_(weights, c.grad_clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        end()
+        step(tokens)
         torch.cuda.synchronize()
         times.append(time.perf_counter() - began)
     size = c.micro_batch_size * c.seq_len

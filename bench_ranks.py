@@ -60,13 +60,11 @@ def held_by(c, mesh, device):
     """{what: bytes} of this rank, by the names of cluster.memory, measured in one step of training on random tokens; on
     a GPU "most" too, its allocator's peak in such a step."""
     mesh.connect(device)
-    modules, pipe = ranks.build(c, device, mesh, False)
-    shares, _ = ranks.replicas(c, mesh, modules, pipe)
-    optimizer = train.make_optimizer(c, shares.updated.values())
-    average = [p.detach().to("cpu", copy=True) for p in shares.owned.values()] if c.ema_decay else []
+    training = train.Training(c, device, mesh)
+    modules, pipe = training.modules, training.pipe
     parameters = list({p: None for module in modules for p in module.parameters()})
     tokens = torch.randint(c.vocab_size, (c.batch_size // mesh.dp, c.seq_len + 1 + c.n_mtp), device=device)
-    totals, most = ([c.batch_size * c.seq_len] * (1 + c.n_mtp), c.batch_size), [0]
+    most = [0]
 
     def gradients():
         return sum(p.grad.nbytes for p in parameters if p.grad is not None)
@@ -78,17 +76,18 @@ def held_by(c, mesh, device):
                 yield from DualPipe.forward(pipe, *what)
                 look()
             pipe.forward = forward
-            return ranks.pipelined(c, pipe, tokens, totals, c.mtp_weight)
-        for micro in tokens.split(c.micro_batch_size):
-            loss, _ = modules[0].loss(micro, totals=totals)
-            look()
-            loss.backward()
+            return ranks.pipelined(c, pipe, tokens, training.totals(tokens), c.mtp_weight)
 
-    for p in parameters if not pipe else ():
-        p.queue = AtOnce()
+        def loss(*what, **more):
+            out = V3.loss(modules[0], *what, **more)
+            look()
+            return out
+        modules[0].loss = loss
+        for micro in tokens.split(c.micro_batch_size):         # not forward_backward, from which gradients set off
+            training.micro_batch(micro, training.totals(tokens), c.mtp_weight)
+
     step(lambda: None)                                         # which makes the copies of the weights
-    for p in parameters:
-        p.grad = None
+    training.zero_grad()
     peak = {}
     if device.type == "cuda":
         before = torch.cuda.memory_allocated()
@@ -102,8 +101,8 @@ def held_by(c, mesh, device):
                                               [p.low[1]] if hasattr(p, "low") else [])]
     return {"weights": sum(p.nbytes for p in parameters), "gradients": gradients(),
             "copies": sum(t.untyped_storage().nbytes() for t in copies), "activations": max(most),
-            "moments": sum(s[m].nbytes for s in optimizer.state.values() for m in ("exp_avg", "exp_avg_sq")),
-            "average": sum(t.nbytes for t in average), **peak}
+            "moments": sum(s[m].nbytes for s in training.optimizer.state.values() for m in ("exp_avg", "exp_avg_sq")),
+            "average": sum(t.nbytes for t in training.ema.values()), **peak}
 
 
 def one_rank(rank, world, port, c, folder):
@@ -159,7 +158,7 @@ def memory_on_a_gpu():
     """configs/bench_1b.py on one GPU, whose allocator says what is there."""
     device, layouts = torch.device("cuda"), []
     for name, changes in GPU.items():
-        c = configs.load(["configs/bench_1b.py"]).replace(**changes)
+        c = configs.load(["configs/bench_1b.py", "--graph=False"]).replace(**changes)
         plan = cluster.memory(c, mesh := parallel.Mesh().arrange(c, [c.batch_size]), kernels=True)
         found = held_by(c, mesh, device)
         layouts.append({"layout": name, "changes": changes, "rows": [{w: [n, plan[w]] for w, n in found.items()}]})

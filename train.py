@@ -155,22 +155,6 @@ def make_optimizer(c, params):
     return optimizer
 
 
-def run_tensors(modules, optimizer, ema, owned=None):
-    """Everything of this rank that a checkpoint holds: {name: tensor}, under official names; or, with the names of the
-    parameters that it owns, what it saves: these, and a gate's bias with the gate's weight."""
-    out = {}
-    for module in modules:
-        named = dict(module.named_parameters())
-        kinds = {"": dict(module.state_dict()), "ema/": {name: ema[name] for name in named if name in ema}}
-        for kind in ("exp_avg", "exp_avg_sq"):
-            kinds[kind + "/"] = {name: optimizer.state[p][kind] for name, p in named.items() if p in optimizer.state}
-        for prefix, tensors in kinds.items():
-            if owned is not None:
-                tensors = {name: t for name, t in tensors.items() if name.replace("gate.bias", "gate.weight") in owned}
-            out |= {prefix + name: t for name, t in official_tensors(module, tensors).items()}
-    return out
-
-
 # --- forward and backward ---------------------------------------------------------------------------------------------
 
 def forward_backward(v3, tokens, totals, mtp_weight):
@@ -220,6 +204,114 @@ class Recorded:
         self.graphs[first] = graph, parts, [p.grad for p in self.params]
 
 
+# --- a step -----------------------------------------------------------------------------------------------------------
+
+class Training:
+    """A Config's model on this rank, and all that changes it. One step, of a run and of what bench.py measures, is
+
+        parts = training.forward_backward(batch, step)         gradients, and the losses, of this rank's sequences
+        norm = training.sum_gradients()                        over the ranks; clipped
+        training.update(step)                                  or, where these are not finite, training.skip()
+
+    from_folder: the weights are those of --init_from.
+    """
+
+    def __init__(self, c, device, mesh, from_folder=False):
+        self.c, self.mesh, self.updates, self.hooks = c, mesh, 0, []
+        self.modules, self.pipe = ranks.build(c, device, mesh, from_folder)                   # one process: [V3], None
+        self.shares, self.counters = ranks.replicas(c, mesh, self.modules, self.pipe)
+        self.gates = [gate for module in self.modules for gate in module.gates()]
+        self.optimizer = make_optimizer(c, self.shares.updated.values())
+        averaged = self.shares.owned if c.ema_decay else {}
+        self.ema = {name: p.detach().to("cpu", copy=True) for name, p in averaged.items()}
+        if self.pipe:                              # which has queues of its own, and sends no gradient early
+            return
+        v3 = self.modules[0]
+        if c.compile:
+            for block in [*v3.layers, *(m.block for m in v3.mtp)]:
+                block.compile()
+        else:
+            for p in v3.parameters():
+                p.queue = AtOnce()                 # later micro-batches add to .grad inside the product
+        if mesh.world > 1:                         # called too where a queue has added the gradient
+            self.hooks = [p.register_post_accumulate_grad_hook(self.shares.arrived) for p in v3.parameters()]
+        recorded = backend.training_graph(device, c, mesh.world)[0] == "CUDA graph"
+        self.micro_batch = Recorded(v3) if recorded else partial(forward_backward, v3)
+
+    def totals(self, batch):
+        """What a step divides its losses by (V3.loss), where this rank's part of its sequences is `batch`."""
+        size = len(batch) * self.mesh.dp
+        return [size * self.c.seq_len] * (self.c.n_mtp + 1), size
+
+    def forward_backward(self, batch, step):
+        """Of this rank's sequences of a step, int64 [n, T+1+n_mtp], micro-batch by micro-batch: their gradients are in
+        .grad, or on their way to be summed; returns their share of the step's losses."""
+        c, totals, weight = self.c, self.totals(batch), mtp_weight(self.c, step) if self.c.n_mtp else 0.0
+        if self.pipe:
+            return ranks.pipelined(c, self.pipe, batch, totals, weight)
+        micros, parts = batch.split(c.micro_batch_size), {"loss": 0.0, "mtp_loss": 0.0, "balance_loss": 0.0}
+        self.shares.expect(len(micros))
+        for micro in micros:
+            share = self.micro_batch(micro, totals, weight)
+            parts = {name: parts[name] + share[name] for name in parts}
+        return parts
+
+    def sum_gradients(self):
+        """Sum a step's gradients over the ranks and clip them, and sum the gates' loads; returns the gradients' norm
+        before clipping, the same on every rank."""
+        self.shares.sum_gradients()
+        norm = self.shares.clip(self.c.grad_clip or math.inf, self.mesh)
+        parallel.add([gate.load for gate in self.gates], self.counters)
+        return norm
+
+    def update(self, step):
+        """AdamW, and what follows the weights: their copies on other ranks, the gates' biases, the average."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.c, step)
+        self.optimizer.step()
+        self.updates += 1
+        self.shares.send_updated()
+        for gate in self.gates:
+            gate.update_bias(bias_update_speed(self.c, step))
+        for name, average in self.ema.items():
+            average.lerp_(self.shares.owned[name].detach().cpu(), 1 - self.c.ema_decay)
+        self.shares.receive_updated()
+        self.zero_grad()
+
+    def skip(self):
+        """Forget a step."""
+        for gate in self.gates:
+            gate.load.zero_()
+        self.zero_grad()
+
+    def zero_grad(self):
+        for module in self.modules:
+            module.zero_grad(set_to_none=True)
+
+    def tensors(self, owned=False):
+        """Everything of this rank that a checkpoint holds: {name: tensor}, under official names. owned: what it saves,
+        which is the parameters that it owns, and a gate's bias with the gate's weight."""
+        out = {}
+        for module in self.modules:
+            named, state = dict(module.named_parameters()), self.optimizer.state
+            kinds = {"": dict(module.state_dict()), "ema/": {n: self.ema[n] for n in named if n in self.ema}}
+            for kind in ("exp_avg", "exp_avg_sq"):
+                kinds[kind + "/"] = {n: state[p][kind] for n, p in named.items() if p in state}
+            for prefix, tensors in kinds.items():
+                if owned:
+                    tensors = {n: t for n, t in tensors.items()
+                               if n.replace("gate.bias", "gate.weight") in self.shares.owned}
+                out |= {prefix + n: t for n, t in official_tensors(module, tensors).items()}
+        return out
+
+    def resume(self, folder, state):
+        """Go on from a checkpoint: every tensor of this rank, and how often AdamW has worked on it."""
+        parallel.load_tensors(folder, state, self.tensors())
+        self.updates = state["updates"]
+        for p in self.shares.updated.values():
+            self.optimizer.state[p]["step"].fill_(self.updates)
+
+
 # --- during the run ---------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
@@ -235,6 +327,16 @@ def evaluate(v3, data, mesh):
     v3.train()
     total, count = mesh.total({"nats": total, "tokens": count}).values()
     return total / count, data.bits_per_byte(total)
+
+
+def report(step, training, data, log):
+    """Evaluate, into the log and onto the terminal."""
+    pipe, mesh = training.pipe, training.mesh
+    loss, bpb = ranks.evaluate(training.c, pipe, data, mesh) if pipe else evaluate(training.modules[0], data, mesh)
+    log.write(step=step, time=time.time() - log.began, val_loss=loss, val_bpb=bpb)
+    xz = data.identity["val_xz_bytes"]
+    against = f", {bpb / (8 * xz / data.val_bytes):.3f}x of xz -9e" if xz else ""
+    print(f"step {step}: val loss {loss:.4f} nats per token, {bpb:.4f} bits per byte{against}", flush=True)
 
 
 class Interrupt:
@@ -266,11 +368,13 @@ def number(x):
 
 
 class Log:
-    """metrics.jsonl, one object a line, and the progress line on the terminal."""
+    """metrics.jsonl, one object a line, and the progress line on the terminal. peak: the tokens/s of devices that do
+    nothing but multiply, or None."""
 
-    def __init__(self, c, start_step, rank=0):
-        self.path = Path(c.out_dir) / "metrics.jsonl"
-        self.began, self.shown = time.time(), 0.0
+    def __init__(self, c, start_step, peak, rank=0):
+        self.path, self.peak = Path(c.out_dir) / "metrics.jsonl", peak
+        self.first, self.last = start_step + 1, c.max_steps
+        self.began, self.shown, self.at, self.busy, self.seen = time.time(), 0.0, start_step, 0.0, 0
         if rank:                                   # rank 0 keeps the book
             self.path = Path(os.devnull)
             return
@@ -295,11 +399,15 @@ class Log:
             raise UserError(f"{self.path}: cannot be written ({e.strerror}); free some space and go on with --resume") \
                 from None
 
-    def due(self):
-        if time.time() - self.shown < 5:
-            return False
-        self.shown = time.time()
-        return True
+    def progress(self, step, tokens, seconds, losses):
+        """After a step of so many tokens and seconds; the line comes every five seconds."""
+        self.busy, self.seen = self.busy + seconds, self.seen + tokens
+        if step not in (self.first, self.last) and time.time() - self.shown < 5:
+            return
+        speed, left = self.seen / self.busy, clock((self.last - step) * self.busy / (step - self.at))
+        mfu = f"  MFU {speed / self.peak:.1%}" if self.peak else ""
+        print(f"step {step}/{self.last}  {losses}  {speed:,.0f} tokens/s{mfu}  {left} left", flush=True)
+        self.shown, self.at, self.busy, self.seen = time.time(), step, 0.0, 0
 
 
 # --- the run ----------------------------------------------------------------------------------------------------------
@@ -386,6 +494,13 @@ def check_resume(c, state):
                             f"another with --out_dir")
 
 
+def check_text(data, folder, state):
+    """A run goes on with the text and the tokenizer that it began with."""
+    if any(state["data"][key] != data.identity[key] for key in ("corpus_sha256", "tokenizer_sha256")):
+        raise UserError(f"--resume: the text or the tokenizer is not that of {folder} (its sha256 differs); give its "
+                        f"--data, {state['data']['source']}, or start another run with --out_dir")
+
+
 def eval_only(c, mesh):
     """On many ranks each holds the whole model, and takes its part of the text."""
     import sample
@@ -403,129 +518,68 @@ def run(c, device, mesh, newest, command):
     # Everything that can be wrong with the input is found here, before the first long work.
     data = mesh.one_first(lambda: Data(c))
     mesh.same("data", data.identity)
-    a = plan(c, device, mesh, data)
-    modules, pipe = ranks.build(c, device, mesh, c.init_from and not newest)              # one process: [V3], None
-    shares, counters = ranks.replicas(c, mesh, modules, pipe)
-    gates = [gate for module in modules for gate in module.gates()]
-    optimizer = make_optimizer(c, shares.updated.values())
-    ema = {name: p.detach().to("cpu", copy=True) for name, p in shares.owned.items()} if c.ema_decay else {}
-    start, updates = 0, 0
+    a, peak = plan(c, device, mesh, data), backend.peak_flops(device, c.precision)
+    training, start = Training(c, device, mesh, c.init_from and not newest), 0
     if newest:
         folder, state = newest
-        parallel.load_tensors(folder, state, run_tensors(modules, optimizer, ema))
-        if any(state["data"][key] != data.identity[key] for key in ("corpus_sha256", "tokenizer_sha256")):
-            raise UserError(f"--resume: the text or the tokenizer is not that of {folder} (its sha256 differs); give "
-                            f"its --data, "
-                            f"{state['data']['source']}, or start another run with --out_dir")
-        start, updates = state["step"], state["updates"]
-        for p in shares.updated.values():
-            optimizer.state[p]["step"].fill_(updates)
+        check_text(data, folder, state)
+        training.resume(folder, state)
+        start = state["step"]
         print(f"resumed from {folder} at step {start}")
-    if c.compile:
-        for block in [*modules[0].layers, *(m.block for m in modules[0].mtp)]:
-            block.compile()
-    elif not pipe:
-        for p in modules[0].parameters():
-            p.queue = AtOnce()                                     # later micro-batches add to .grad inside the product
-    recorded = backend.training_graph(device, c, mesh.world)[0] == "CUDA graph"
-    micro_batch = Recorded(modules[0]) if recorded else partial(forward_backward, modules[0])
-    for p in modules[0].parameters() if mesh.world > 1 and not pipe else ():
-        p.register_post_accumulate_grad_hook(shares.arrived)       # called too where a queue has added the gradient
-
-    peak = backend.peak_flops(device, c.precision)
     tokenizer = tokenizer_json(data.tokenizer).decode()
-    counts = c.n_mtp + 1
     profiler = profile(c, mesh) if c.profile else None
-
-    def save(step):
-        saver.save(step, run_tensors(modules, optimizer, ema, shares.owned),
-                   {"config": dataclasses.asdict(c), "data": data.identity, "updates": updates, "rng": None,
-                    "torch": torch.__version__}, tokenizer)
-
-    def report(step):
-        loss, bpb = ranks.evaluate(c, pipe, data, mesh) if pipe else evaluate(modules[0], data, mesh)
-        log.write(step=step, time=time.time() - log.began, val_loss=loss, val_bpb=bpb)
-        xz = data.identity["val_xz_bytes"]
-        against = f", {bpb / (8 * xz / data.val_bytes):.3f}x of xz -9e" if xz else ""
-        print(f"step {step}: val loss {loss:.4f} nats per token, {bpb:.4f} bits per byte{against}", flush=True)
-
     skipped, saved = 0, start
-    busy, seen, shown = 0.0, 0, start                                                     # since the last progress line
     with parallel.Saver(c.out_dir, mesh) as saver, Interrupt() as interrupt:
-        log = Log(c, start, mesh.rank)
+        log = Log(c, start, peak and peak * mesh.world / a["flops"], mesh.rank)
         for step in range(start, c.max_steps):
             began, size = time.time(), batch_size_at(c, step)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(c, step)
             batch = data.batch(step, mesh.dp_rank, mesh.dp).to(device)                # [size / dp, T+1+n_mtp]
-            totals = [size * c.seq_len] * counts, size
-            shares.expect(math.ceil(len(batch) / c.micro_batch_size))
-            parts = {"loss": 0.0, "mtp_loss": 0.0, "balance_loss": 0.0}
-            if pipe:
-                parts = ranks.pipelined(c, pipe, batch, totals, mtp_weight(c, step))
-            else:
-                for micro in batch.split(c.micro_batch_size):
-                    share = micro_batch(micro, totals, mtp_weight(c, step) if c.n_mtp else 0.0)
-                    parts = {name: parts[name] + share[name] for name in parts}
-            shares.sum_gradients()
-            norm = shares.clip(c.grad_clip or math.inf, mesh)
-            parallel.add([gate.load for gate in gates], counters)
-            load = {"load": [gate.load.tolist() for gate in gates]} if c.log_load else {}
-            sums = {**parts, "max_vio": sum(max_vio(gate.load) for gate in gates), "gates": len(gates)}
+            parts = training.forward_backward(batch, step)
+            norm = training.sum_gradients()
+            loads = [gate.load for gate in training.gates]
+            logged = {"load": [load.tolist() for load in loads]} if c.log_load else {}
+            sums = {**parts, "max_vio": sum(map(max_vio, loads)), "gates": len(loads)}
             sums = mesh.total({name: float(value) for name, value in sums.items()})
             parts, vio = {name: sums[name] for name in parts}, sums["max_vio"] / max(sums["gates"], 1)
             if math.isfinite(norm) and all(map(math.isfinite, parts.values())):         # the same answer on every rank
-                optimizer.step()
-                shares.send_updated()
-                skipped, updates = 0, updates + 1
-                for gate in gates:
-                    gate.update_bias(bias_update_speed(c, step))
-                for name, average in ema.items():
-                    average.lerp_(shares.owned[name].detach().cpu(), 1 - c.ema_decay)
-                shares.receive_updated()
+                training.update(step)
+                skipped = 0
             else:
+                training.skip()
                 skipped += 1
                 print(f"step {step + 1}: loss {parts['loss']} or gradient norm {norm} is not finite; step skipped "
                       f"({skipped} in a row)", flush=True)
-                for gate in gates:
-                    gate.load.zero_()
                 if skipped == MAX_SKIPS:
                     raise UserError(f"{MAX_SKIPS} steps in a row were not finite: start again with a lower --lr "
                                     f"(now {c.lr}) and another --out_dir; the last checkpoint is step {saved}")
-            for module in modules:
-                module.zero_grad(set_to_none=True)
 
-            done, spent = step + 1, time.time() - began
-            busy, seen = busy + spent, seen + size * c.seq_len
+            done, tokens, spent = step + 1, size * c.seq_len, time.time() - began
             log.write(step=done, time=time.time() - log.began, **parts, max_vio=vio, lr=learning_rate(c, step),
-                      grad_norm=norm, tokens_per_s=size * c.seq_len / spent, **load)
-            if log.due() or done == c.max_steps or done == start + 1:
-                speed = seen / busy
-                mfu = f"  MFU {speed * a['flops'] / peak / mesh.world:.1%}" if peak else ""
-                left = clock((c.max_steps - done) * busy / (done - shown))
-                print(f"step {done}/{c.max_steps}  loss {parts['loss']:.4f}  mtp {parts['mtp_loss']:.4f}  "
-                      f"max_vio {vio:.2f}  {speed:,.0f} tokens/s{mfu}  {left} left", flush=True)
-                busy, seen, shown = 0.0, 0, done
+                      grad_norm=norm, tokens_per_s=tokens / spent, **logged)
+            log.progress(done, tokens, spent, f"loss {parts['loss']:.4f}  mtp {parts['mtp_loss']:.4f}  "
+                                              f"max_vio {vio:.2f}")
             if profiler and profiler(done):
                 return 0
             if c.eval_interval and done % c.eval_interval == 0 and done < c.max_steps:
-                report(done)
+                report(done, training, data, log)
             code = int(mesh.most(interrupt.code))                                     # a signal may reach one rank only
             if code or c.save_interval and done % c.save_interval == 0 or done == c.max_steps:
-                save(done)
+                saver.save(done, training.tensors(owned=True),
+                           {"config": dataclasses.asdict(c), "data": data.identity, "updates": training.updates,
+                            "rng": None, "torch": torch.__version__}, tokenizer)
                 saved = done
             if code:
                 break
         else:
-            report(c.max_steps)
+            report(c.max_steps, training, data, log)
             code = 0
     if code:
-        start = "python" if mesh.world == 1 else \
+        python = "python" if mesh.world == 1 else \
             f"torchrun --nproc-per-node={os.environ.get('LOCAL_WORLD_SIZE', mesh.world)}"
-        print(f"saved {parallel.latest(c.out_dir)}; go on with: {start} train.py {command} --resume "
+        print(f"saved {parallel.latest(c.out_dir)}; go on with: {python} train.py {command} --resume "
               f"--out_dir={shlex.quote(c.out_dir)}")
         return code
-    finish(c, modules[0], data, log, mesh, device)
+    finish(c, training.modules[0], data, log, mesh, device)
     return 0
 
 

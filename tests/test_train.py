@@ -20,6 +20,7 @@ from conftest import GPU, agree, random_tokens, save_tokenizer, tiny
 from safetensors.torch import load_file
 
 import backend
+import bench
 import configs
 import data
 import fp8
@@ -203,6 +204,12 @@ def test_the_loop_follows_the_schedules(tmp_path, monkeypatch):
     assert [row["lr"] for row in metrics(tmp_path / "run")[0]] == pytest.approx([learning_rate(c, s) for s in range(6)])
     bias = [tensors(tmp_path / "run", step)["model.layers.1.mlp.gate.e_score_correction_bias"] for step in range(1, 7)]
     assert not torch.equal(bias[2], bias[3]) and torch.equal(bias[3], bias[5])          # steps 0-3 move it
+
+
+def test_what_bench_py_trains_has_the_bits_of_train_pys_run(whole):
+    v3, _ = bench.trained_here(config())
+    trained = official_tensors(v3)
+    same_bits(trained, {name: t for name, t in tensors(whole).items() if name in trained})
 
 
 # --- one step ---------------------------------------------------------------------------------------------------------

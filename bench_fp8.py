@@ -330,9 +330,11 @@ def installed_sources(folder):
     return folder
 
 
-QUALITY = {"BF16": [], "BF16, another seed": ["--seed=1338"], "FP8": ["--precision=fp8", "--moments=bf16"],
-           "FP8, another seed": ["--precision=fp8", "--moments=bf16", "--seed=1338"],
-           "BF16, BF16 moments": ["--moments=bf16"], "FP8, FP32 moments": ["--precision=fp8"]}
+# A run's changes to the config, and the run that it is compared with.
+QUALITY = {"BF16": ([], None), "BF16, another seed": (["--seed=1338"], "BF16"),
+           "FP8": (["--precision=fp8", "--moments=bf16"], "BF16"),
+           "FP8, another seed": (["--precision=fp8", "--moments=bf16", "--seed=1338"], "BF16, another seed"),
+           "BF16, BF16 moments": (["--moments=bf16"], "BF16"), "FP8, FP32 moments": (["--precision=fp8"], "BF16")}
 
 
 def as_trained(folder, data, config, precision):
@@ -364,7 +366,7 @@ def fp8_quality(options, limit=390):
         def one(job):
             number, name = job
             try:
-                train(*common, *QUALITY[name], f"--out_dir={folder}/{number}", limit=limit, OMP_NUM_THREADS="4",
+                train(*common, *QUALITY[name][0], f"--out_dir={folder}/{number}", limit=limit, OMP_NUM_THREADS="4",
                       CUDA_VISIBLE_DEVICES=gpus[number % count])
             except subprocess.TimeoutExpired:
                 print(f"{name}: cut off after {limit} s", flush=True)
@@ -374,10 +376,11 @@ def fp8_quality(options, limit=390):
         steps, runs = min(len(rows) for rows, _ in done), []
         if not steps:
             raise UserError(f"bench.py fp8_quality: one of the runs has not done a step within {limit} s")
+        losses = {name: statistics.mean(r["loss"] for r in rows[:steps][-100:]) for name, (rows, _) in zip(names, done)}
         for name, (rows, evals) in zip(names, done):
-            loss = statistics.mean(r["loss"] for r in rows[:steps][-100:])
-            first = runs[0]["loss"] if runs else loss
-            runs.append({"name": name, "changes": QUALITY[name], "loss": loss, "difference": loss / first - 1,
+            changes, other = QUALITY[name]
+            runs.append({"name": name, "changes": changes, "loss": losses[name], "against": other,
+                         "difference": losses[name] / losses[other] - 1 if other in losses else None,
                          "val_loss": evals[-1]["val_loss"] if evals else None, "seconds": rows[-1]["time"],
                          "tokens_per_s": statistics.median(r["tokens_per_s"] for r in rows),
                          "curve": [round(r["loss"], 5) for r in rows[:steps]]})

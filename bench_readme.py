@@ -72,10 +72,9 @@ def many_ranks(m):
                     "| planned | makespan against simulated |", "|---|---|---|---|---|---|---|---|",
                 *(f"| {r['model']}, {r['parameters'] / 1e9:.2f}B | {r['layout']} | {r['tokens_per_s']:,.0f} | "
                   f"{share(r['mfu'])} | {share(r['efficiency'])} | "
-                  f"{'%.1f' % (r['peak_bytes'] / 1e9) if r['peak_bytes'] else ''} | {r['planned_bytes'] / 1e9:.1f} | "
+                  f"{r['peak_bytes'] / 1e9:.1f} | {r['planned_bytes'] / 1e9:.1f} | "
                   + (f"{r['computed'] / r['simulated'] - 1:+.1%}" if "simulated" in r else "") + " |"
                   for r in m["scaling"]["rows"])]
-        out += ["", m["scaling"]["note"] + "."] if "note" in m["scaling"] else []
     if "restart" in m and m["restart"]["code"] == 0:
         r = m["restart"]
         out += ["", f"A rank killed in step 13 of 20, under `torchrun --max-restarts=1`: the job went on from "
@@ -208,10 +207,11 @@ def tables():
     if quality:
         short = {r["name"]: r for r in (load("fp8_quality_1000") or {"runs": []})["runs"]}
         steps, tokens = quality["steps"], quality["data"]["train_tokens"]
-        cell = lambda r: f"{r['loss']:.4f} ({r['difference']:+.2%}) | {r['val_loss']:.4f}" if r else "- | -"
+        cell = lambda r: (f"{r['loss']:.4f}" + (f" ({r['difference']:+.2%})" if r["against"] else "") + " | "
+                          + (f"{r['val_loss']:.4f}" if r["val_loss"] else "-")) if r else "- | -"
         both = {r["name"]: r for r in quality["runs"]}
         out["fp8_quality"] = "\n".join([
-            f"| | training loss, last 100 of 1,000 steps | validation | of {steps:,} steps | validation |",
+            f"| | training loss, last 100 of 1,000 steps | validation | last 100 of {steps:,} steps | validation |",
             "|---|---|---|---|---|",
             *(f"| {name} | {cell(short.get(name))} | {cell(both.get(name))} |" for name in {**both, **short}), "",
             f"{quality['gpu']}; {steps * 32 * 1024 / tokens:.2f} passes over the text in the longer runs."
@@ -434,12 +434,13 @@ def readme(options):
             left.plot(curve, label=name, linewidth=0.7)
         left.set(xlabel="step", ylabel="nats per token", title="config/gpu.py: training loss")
         left.legend()
-        smooth = lambda curve: [statistics.mean(curve[i - 50:i]) for i in range(50, len(curve) + 1)]
-        first, *others = (smooth(curve) for curve in curves.values())
-        for name, other in zip(list(curves)[1:], others):
-            right.plot(range(50, 50 + len(first)), [100 * (b / a - 1) for a, b in zip(first, other)], label=name)
+        smooth = {name: [statistics.mean(c[i - 50:i]) for i in range(50, len(c) + 1)] for name, c in curves.items()}
+        for r in quality["runs"]:
+            if r["against"]:
+                apart = [100 * (b / a - 1) for a, b in zip(smooth[r["against"]], smooth[r["name"]])]
+                right.plot(range(50, 50 + len(apart)), apart, label=r["name"], linewidth=0.8)
         right.axhspan(-0.25, 0.25, color="0.9")
-        right.set(xlabel="step", ylabel="% above BF16, mean of 50 steps", title="and its distance from BF16")
+        right.set(xlabel="step", ylabel="% above, mean of 50 steps", title="from BF16 of the same seed; BF16's seeds")
         right.legend()
         figure.tight_layout()
         figure.savefig(RESULTS / "fp8_quality.png", dpi=110)

@@ -304,10 +304,11 @@ def failure(mesh, e):
         if mesh.store.compare_set("failed first", "", who) != who.encode():
             mesh.store.wait(["told"], datetime.timedelta(seconds=patience + 1))         # this rank may keep the store
             return code, None
-        calls = traceback.extract_tb(e.__traceback__) + traceback.extract_tb(e.__cause__ and e.__cause__.__traceback__)
+        # Where it and its cause were raised. A transfer is waited for in C++, without a frame: the line tells.
+        raised = [at for one in (e, e.__cause__) if one for at in traceback.extract_tb(one.__traceback__)[-1:]]
         if code == 2:
             message = f"{who}: {e}" if mesh.rank else str(e)
-        elif not any(os.path.join("torch", "distributed") in call.filename or ".wait()" in call.line for call in calls):
+        elif not any(os.path.join("torch", "distributed") in at.filename or "work.wait()" in at.line for at in raised):
             message = f"{who} failed"
         else:
             silent, until = set(range(mesh.world)), time.time() + patience

@@ -183,15 +183,10 @@ def mirror(step):
     return step._replace(dir=(1 - step.dir[0], 1 - step.dir[1]) if step.kind == "FB" else 1 - step.dir)
 
 
-def stage(kind, ranks, rank, dir):
-    """Which stage of the model a rank runs in a direction."""
-    return rank if dir == 0 else (2 * ranks if kind == "dualpipev" else ranks) - 1 - rank
-
-
 def layout(kind, ranks, rank):
     """(number of stages, [the stage that the rank runs in each direction])."""
-    dirs = 2 if kind.startswith("dualpipe") else 1
-    return ranks * (2 if kind == "dualpipev" else 1), [stage(kind, ranks, rank, dir) for dir in range(dirs)]
+    stages = ranks * (2 if kind == "dualpipev" else 1)
+    return stages, [rank, stages - 1 - rank] if kind.startswith("dualpipe") else [rank]
 
 
 def source(kind, ranks, rank, part, dir):
@@ -359,8 +354,8 @@ def exchanges(kind, lists):
     """
     entries = simulate(kind, lists)["steps"]
     starts = [[e["start"] for e in steps] for steps in entries]
-    ready = {(rank, GIVES[part], dir, mb): e["end"] for rank, steps in enumerate(entries) for e in steps
-             for part, dir, mb in Step(e["kind"], e["dir"], e["mb"]).parts if part in GIVES}
+    ready = {(rank, GIVES[part], dir, mb): e["end"] for rank, steps in enumerate(lists)
+             for step, e in zip(steps, entries[rank]) for part, dir, mb in step.parts if part in GIVES}
     transfers = []
     for taker, part, dir, mb in ready:
         giver = source(kind, len(lists), taker, part, dir)
@@ -391,7 +386,7 @@ def copied(kind, modules, shared=()):
 class DualPipe:
     """Runs a rank's part of any of the four schedules on torch.distributed (gloo, NCCL).
 
-    kind: one of KINDS. stages: this rank's modules, one for each direction (`stage` tells which): one for 1f1b and
+    kind: one of KINDS. stages: this rank's modules, one for each direction (`layout` tells which): one for 1f1b and
     zb1p, two for the others. A stage maps its input to (output, local loss or None); the first one's inputs, and the
     labels, are a micro-batch of what `step` gets; the outputs of all but the last are tensors like `like`.
     criterion(output, labels) -> the last stage's loss. Losses are summed, never averaged. group: the pipeline's ranks;
@@ -516,20 +511,18 @@ class DualPipe:
         its place.)"""
         x, roots, one, cuts = self.held.pop((dir, mb))
         late = []
+        soon = late if part == "B" else []                                       # what need not wait for its own step
         queue = late if part == "I" or cuts else None
         self.differentiate(roots, [self.arrived.pop(("B", dir, mb), None), one], queue)
         while cuts:
-            if part == "B":
-                self.work_off(late, step=2)
+            self.work_off(soon, step=2)
             yield
-            if part == "B":
-                self.work_off(late)
+            self.work_off(soon)
             places, caught = cuts.pop()
             self.differentiate(places, [grads[0] if grads else None for grads in caught], queue)
         self.give("B", dir, mb, x.grad)
-        if part == "B":
-            self.work_off(late)
-        else:
+        self.work_off(soon)
+        if part == "I":
             self.late[dir, mb] = late
 
     def weights(self, _, dir, mb):
@@ -556,12 +549,13 @@ class DualPipe:
                 del p.queue
 
     def give(self, part, dir, mb, tensor):
-        """Leave a result for the next stage: to be sent, or here at the fold."""
-        neighbour = self.rank + (1 if (part == "F") == (dir == 0) else -1)
-        if 0 <= neighbour < self.ranks:
+        """Leave a result for the next stage, to be sent, or here at the fold. Activations go to where their gradient
+        will come from, a gradient to where they came from."""
+        taker = source(self.kind, self.ranks, self.rank, "B" if part == "F" else "F", dir)
+        if taker and taker[0] == self.rank:
+            self.arrived[part, taker[1], mb] = tensor
+        elif taker:
             self.leaving[part, dir, mb] = tensor.contiguous()
-        elif neighbour == self.ranks and self.kind == "dualpipev":
-            self.arrived[part, 1 - dir, mb] = tensor
 
     def exchange(self, exchange):
         """Start the sends and receives of a place in the schedule as one batch, and let go of what has been sent."""
@@ -606,14 +600,17 @@ COLOURS = {"F": ("#f2a65a", "#f7cfa3"), "B": ("#4f81bd", "#a9c4e4"),            
            "I": ("#3b9c8f", "#8ed8b0"), "W": ("#6aa84f", "#b7d7a8")}
 
 
-def cells(entry):
-    """[(part, dir, mb, start, end)] of an entry of "steps", to draw: a pair is drawn as its forward, a third, and then
-    its backward."""
-    if entry["kind"] != "FB":
-        return [(entry["kind"], entry["dir"], entry["mb"], entry["start"], entry["end"])]
-    cut = entry["start"] + (entry["end"] - entry["start"]) / 3
-    return [("F", entry["dir"][0], entry["mb"][0], entry["start"], cut),
-            ("B", entry["dir"][1], entry["mb"][1], cut, entry["end"])]
+def cells(steps):
+    """(part, dir, mb, start, end) of each of a rank's "steps", to draw: a pair is drawn as its forward, a third, and
+    then its backward."""
+    for e in steps:
+        dir, mb, start, end = e["dir"], e["mb"], e["start"], e["end"]
+        if e["kind"] == "FB":
+            cut = start + (end - start) / 3
+            yield "F", dir[0], mb[0], start, cut
+            yield "B", dir[1], mb[1], cut, end
+        else:
+            yield e["kind"], dir, mb, start, end
 
 
 def picture(result, columns=None, colour=False):
@@ -626,7 +623,7 @@ def picture(result, columns=None, colour=False):
     lines = []
     for rank, steps in enumerate(result["steps"]):
         line, at = [f"rank {rank} ".ljust(label)], 0
-        for part, dir, mb, start, end in (cell for entry in steps for cell in cells(entry)):
+        for part, dir, mb, start, end in cells(steps):
             left, right = round(start * scale), round(end * scale)
             text = f"{part.lower() if dir else part}{mb}".ljust(right - left)
             text = text if len(text) == right - left else text[:1] * (right > left) + " " * (right - left - 1)
@@ -649,7 +646,7 @@ def draw(result, title, path):
     ranks = len(result["steps"])
     figure, axes = plt.subplots(figsize=(min(40, 2 + result["makespan"] / 5), 1 + 0.35 * ranks))
     for rank, steps in enumerate(result["steps"]):
-        for part, dir, mb, start, end in (cell for entry in steps for cell in cells(entry)):
+        for part, dir, mb, start, end in cells(steps):
             axes.barh(rank, end - start, 0.9, start, color=COLOURS[part][dir], edgecolor="white", lw=0.3)
             axes.text((start + end) / 2, rank, str(mb), ha="center", va="center", fontsize=6)
         for pair in (entry for entry in steps if entry["kind"] == "FB"):

@@ -278,21 +278,21 @@ class V3(nn.Module):
         targets = tokens if valid is None else tokens.masked_fill(~valid, -1)
         counts, sequences = totals or target_totals(targets, c.n_mtp)
         h, routings = self.hidden(tokens[:, :T])
-        drafts = self.draft(h, tokens)
-        main, *mtp = self.cross_entropies([h, *(state for state, _ in drafts)], targets, counts)
-        mtp = sum(mtp) / max(c.n_mtp, 1)
-        balance = self.balance(self.gates(), routings + [r for _, r in drafts if r], sequences)
+        main, mtp, more = self.cross_entropies(h, self.draft(h, tokens), targets, counts)
+        balance = self.balance(self.gates(), routings + more, sequences)
         parts = {"loss": main, "mtp_loss": mtp, "balance_loss": balance}
         return main + mtp_weight * mtp + balance, {name: torch.as_tensor(part).detach() for name, part in parts.items()}
 
-    def cross_entropies(self, states, targets, counts):
-        """For the main model and each MTP depth: states [B, T, D], against targets [B, > T], over its count of them."""
-        T = states[0].shape[1]
+    def cross_entropies(self, h, drafts, targets, counts):
+        """(that of the main model's states h [B, T, D], the mean of those of its `drafts`, their Routings): against
+        targets [B, > T], for each depth over its count of them."""
+        states, T = [h, *(state for state, _ in drafts)], h.shape[1]
         head = self.head.weight if torch.is_grad_enabled() else self.head.weight.detach()     # evaluation: no gradients
         if self.config.bf16_head and torch.is_grad_enabled() and backend.fast_bf16(head.device):
             states = [h.to(torch.bfloat16) for h in states]             # the largest products of a small model
-        return [CrossEntropy.apply(h.flatten(0, 1), head, targets[:, k + 1:T + k + 1].flatten()) / max(n, 1)
-                for k, (h, n) in enumerate(zip(states, counts))]
+        main, *mtp = [CrossEntropy.apply(h.flatten(0, 1), head, targets[:, k + 1:T + k + 1].flatten()) / max(n, 1)
+                      for k, (h, n) in enumerate(zip(states, counts))]
+        return main, sum(mtp) / max(self.config.n_mtp, 1), [routing for _, routing in drafts if routing]
 
     def balance(self, gates, routings, sequences):
         """The balance loss of some layers; while training their gates count what they routed."""
@@ -302,7 +302,7 @@ class V3(nn.Module):
 
     def gates(self):
         """The gates of all MoE layers, the MTP modules' last."""
-        blocks = [*self.layers, *(m.block for m in self.mtp)]
+        blocks = [*self.layers.children(), *(m.block for m in self.mtp)]
         return [b.ffn.gate for b in blocks if isinstance(b.ffn, MoE)]
 
     def cache(self, batch, capacity, drafts=0, fp8=False):
@@ -368,10 +368,6 @@ class Stage(V3):
         dtype = weight.dtype if c.precision == "fp32" else torch.bfloat16
         return torch.empty(sequences, c.seq_len, c.dim, dtype=dtype, device=weight.device)
 
-    def gates(self):
-        blocks = [*self.layers.values(), *(m.block for m in self.mtp)]
-        return [b.ffn.gate for b in blocks if isinstance(b.ffn, MoE)]
-
     def forward(self, x):
         x, routings = self.embedding(x[:, :self.config.seq_len]) if self.first else x, []
         for block in self.layers.values():
@@ -385,11 +381,9 @@ class Stage(V3):
     def criterion(self, h, labels):
         """The loss of states h [B, T, D] after the final norm. labels int64 [B, T+1+n_mtp]: the tokens, written as
         ~token where one is no target: MTP reads it all the same. In evaluation the main model's loss alone."""
-        c, (counts, sequences) = self.config, self.totals
+        counts, sequences = self.totals
         drafts = self.draft(h, torch.where(labels < 0, ~labels, labels)) if self.training else []
-        main, *mtp = self.cross_entropies([h, *(state for state, _ in drafts)], labels, counts)
-        mtp = sum(mtp) / max(c.n_mtp, 1)
-        routings = [routing for _, routing in drafts if routing]
+        main, mtp, routings = self.cross_entropies(h, drafts, labels, counts)
         balance = self.balance(self.gates()[-len(routings):], routings, sequences) if routings else 0.0
         self.note(loss=main, mtp_loss=mtp, balance_loss=balance)
         return main + self.mtp_weight * mtp + balance
@@ -532,11 +526,20 @@ HF_FIELDS = {                                 # Config field: config.json key
     "n_activated_experts": "num_experts_per_tok", "n_expert_groups": "n_group", "n_limited_groups": "topk_group",
     "route_scale": "routed_scaling_factor", "n_mtp": "num_nextn_predict_layers", "norm_eps": "rms_norm_eps",
     "init_std": "initializer_range"}
+HF_FIXED = {                                  # the same in every model of this kind
+    "hidden_act": "silu", "scoring_func": "sigmoid", "norm_topk_prob": True, "attention_bias": False,
+    "tie_word_embeddings": False, "rope_interleave": True}
 
 
 def layer_of(name):
     """Layer number in an official name; -1 where it has none."""
     return int(name.split(".")[2]) if name.startswith("model.layers.") else -1
+
+
+def repeated(c):
+    """{official name: that of the same tensor in the main model}: what released checkpoints repeat in MTP layers."""
+    return {f"model.layers.{c.n_layers + k}.{name}.weight": f"{main}.weight" for k in range(c.n_mtp)
+            for name, main in (("embed_tokens", "model.embed_tokens"), ("shared_head.head", "lm_head"))}
 
 
 def hf_config(c):
@@ -551,9 +554,8 @@ def hf_config(c):
             "q_lora_rank": c.q_lora_rank or None, "num_key_value_heads": c.n_heads,
             "max_position_embeddings": c.context,
             "rope_parameters": rope, "rope_theta": c.rope_theta,
-            "rope_scaling": rope if rope["rope_type"] == "yarn" else None, "rope_interleave": True,
-            "scoring_func": "sigmoid", "topk_method": "noaux_tc", "norm_topk_prob": True, "hidden_act": "silu",
-            "attention_bias": False, "tie_word_embeddings": False, "torch_dtype": "float32"}
+            "rope_scaling": rope if rope["rope_type"] == "yarn" else None, "topk_method": "noaux_tc", **HF_FIXED,
+            "torch_dtype": "float32"}
 
 
 def config_from_hf(folder, **changes):
@@ -569,9 +571,7 @@ def config_from_hf(folder, **changes):
         raise UserError(f"{path}: not a JSON object; give a Hugging Face folder of a DeepSeek-V3 model")
     if hf.get("model_type") != "deepseek_v3":
         raise UserError(f"{path}: model_type is {hf.get('model_type')!r}; only 'deepseek_v3' is this model")
-    expected = {"hidden_act": "silu", "scoring_func": "sigmoid", "norm_topk_prob": True, "attention_bias": False,
-                "tie_word_embeddings": False, "rope_interleave": True}
-    for key, value in expected.items():
+    for key, value in HF_FIXED.items():
         if hf.get(key, value) != value:
             raise UserError(f"{path}: {key} = {hf[key]!r} is not supported, only {value!r}")
     optional = ("n_mtp", "init_std", "q_lora_rank")
@@ -625,9 +625,7 @@ def from_hf(folder, device="cpu", **changes):
     with torch.device(device):
         v3 = V3(config, initialize=False)
     wanted, saved_mtp = official_tensors(v3), config_from_hf(folder).n_mtp
-    copies = {f"model.layers.{config.n_layers + k}.{own}.weight" for k in range(config.n_mtp)
-              for own in ("embed_tokens", "shared_head.head")}            # the MTP layers repeat the main model's two
-    stored, scales = {}, {}
+    stored, scales, copies = {}, {}, repeated(config)
     for file in files:
         try:
             with safe_open(folder / file, framework="pt") as f:
@@ -686,10 +684,8 @@ def save_hf(v3, folder, tokenizer=None, fp8=False):
     folder, c = Path(folder), v3.config
     if folder.exists():
         raise UserError(f"{folder}: exists already; give another name or remove it")
-    tensors = dict(official_tensors(v3))
-    for k in range(c.n_mtp):                                # the released checkpoint repeats these two in its MTP layer
-        tensors[f"model.layers.{c.n_layers + k}.embed_tokens.weight"] = v3.embed.weight.detach()
-        tensors[f"model.layers.{c.n_layers + k}.shared_head.head.weight"] = v3.head.weight.detach()
+    tensors = official_tensors(v3)
+    tensors |= {name: tensors[main] for name, main in repeated(c).items()}
     eight = {name for name, (ours, _) in official_index(v3).items()
              if fp8 and tensors[name].ndim == 2 and not ours.removesuffix(".weight").endswith(tuple(HIGH))}
     shards, size = [[]], 0

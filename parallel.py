@@ -223,13 +223,23 @@ class Mesh:
         return values
 
 
+def together(tensors):
+    """The tensors in one piece, to travel; where there is one only, itself."""
+    return tensors[0].flatten() if len(tensors) == 1 else torch.cat([t.flatten() for t in tensors])
+
+
+def apart(flat, tensors):
+    """The piece as tensors like those that it was made of."""
+    return [part.view_as(t) for t, part in zip(tensors, flat.split([t.numel() for t in tensors]))]
+
+
 def add(tensors, group):
     """Add to each of the tensors, in place, those of the other ranks of the group: one exchange for all."""
     if group is not None and tensors:
-        flat = torch.cat([t.flatten() for t in tensors])
+        flat = together(tensors)
         dist.all_reduce(flat, group=group)
-        for t, total in zip(tensors, flat.split([t.numel() for t in tensors])):
-            t.copy_(total.view_as(t))
+        for t, total in zip(tensors, apart(flat, tensors)):
+            t.copy_(total)
 
 
 # --- starting and failing together ------------------------------------------------------------------------------------
@@ -304,10 +314,11 @@ def failure(mesh, e):
         if mesh.store.compare_set("failed first", "", who) != who.encode():
             mesh.store.wait(["told"], datetime.timedelta(seconds=patience + 1))         # this rank may keep the store
             return code, None
-        calls = traceback.extract_tb(e.__traceback__) + traceback.extract_tb(e.__cause__ and e.__cause__.__traceback__)
+        # Where it and its cause were raised. A transfer is waited for in C++, without a frame: the line tells.
+        raised = [at for one in (e, e.__cause__) if one for at in traceback.extract_tb(one.__traceback__)[-1:]]
         if code == 2:
             message = f"{who}: {e}" if mesh.rank else str(e)
-        elif not any(os.path.join("torch", "distributed") in call.filename or ".wait()" in call.line for call in calls):
+        elif not any(os.path.join("torch", "distributed") in at.filename or "work.wait()" in at.line for at in raised):
             message = f"{who} failed"
         else:
             silent, until = set(range(mesh.world)), time.time() + patience
@@ -395,13 +406,6 @@ class Bucket:
         """Whether p may travel with the others in a message of up to `most` bytes."""
         return sum(q.nbytes for q in self.params) + p.nbytes <= most and p.dtype == self.params[0].dtype
 
-    def together(self, tensors):
-        """The tensors in one piece; where there is one only, itself."""
-        return tensors[0].flatten() if len(tensors) == 1 else torch.cat([t.flatten() for t in tensors])
-
-    def apart(self, flat):
-        return [t.view_as(p) for p, t in zip(self.params, flat.split([p.numel() for p in self.params]))]
-
 
 class Shares:
     """The parameters that this rank holds, {name: (parameter, the group of its replicas)}, and who owns which.
@@ -457,7 +461,7 @@ class Shares:
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket.params]
         for p in bucket.params:
             p.grad = None
-        bucket.flat = bucket.together(grads).to(self.dtype or grads[0].dtype)
+        bucket.flat = together(grads).to(self.dtype or grads[0].dtype)
         if self.zero1:
             bucket.work = dist.reduce(bucket.flat, group=bucket.group, group_dst=bucket.owner, async_op=True)
         else:
@@ -473,7 +477,7 @@ class Shares:
             if any(p.grad is not None for p in bucket.params):
                 raise RuntimeError("a gradient came after its bucket had set off: `expect` was told of fewer")
             if bucket.mine or not self.zero1:
-                for p, grad in zip(bucket.params, bucket.apart(bucket.flat.to(bucket.params[0].dtype))):
+                for p, grad in zip(bucket.params, apart(bucket.flat.to(bucket.params[0].dtype), bucket.params)):
                     p.grad = grad
             bucket.work, bucket.flat, bucket.missing = None, None, math.inf
         self.off = 0
@@ -492,7 +496,7 @@ class Shares:
         """With ZeRO-1 the owners' new weights set off to all replicas; nobody may read them before `receive_updated`,
         nor write to them."""
         for bucket in self.buckets if self.zero1 else ():
-            bucket.flat = bucket.together(bucket.params)
+            bucket.flat = together(bucket.params)
             bucket.work = dist.broadcast(bucket.flat, group=bucket.group, group_src=bucket.owner, async_op=True)
 
     @torch.no_grad()
@@ -500,7 +504,7 @@ class Shares:
         """... and arrive."""
         for bucket in self.buckets if self.zero1 else ():
             bucket.work.wait()
-            for p, new in zip(bucket.params, bucket.apart(bucket.flat)) if not bucket.mine else ():
+            for p, new in zip(bucket.params, apart(bucket.flat, bucket.params)) if not bucket.mine else ():
                 if new.data_ptr() == p.data_ptr():
                     torch.autograd.graph.increment_version(p)            # written to without its knowledge
                 else:
@@ -547,13 +551,8 @@ def copied(tensors):
     return {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
 
 
-def save_checkpoint(out_dir, step, tensors, *rest):
-    """write_checkpoint of tensors wherever and whatever they are."""
-    return write_checkpoint(out_dir, step, copied(tensors), *rest)
-
-
 def write_checkpoint(out_dir, step, tensors, state, tokenizer, rank=0, ranks=1, timeout=600.0):
-    """Write {name: tensor} and the JSON-able `state` as the checkpoint of `step`; returns its folder.
+    """Write {name: tensor}, `copied`, and the JSON-able `state` as the checkpoint of `step`; returns its folder.
 
     tokenizer: text of tokenizer.json. Keeps the last KEEP checkpoints. Every one of `ranks` ranks calls it with its own
     tensors, on the same disk; rank 0 waits for the others' parts, which appear in the folder, and makes the checkpoint
@@ -567,24 +566,23 @@ def write_checkpoint(out_dir, step, tensors, state, tokenizer, rank=0, ranks=1, 
         if ranks == 1:
             shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True, exist_ok=ranks > 1)
-        file = f"rank_{rank:05d}.safetensors"
-        save_file(tensors, temporary / file)
-        sync(temporary / file)
-        part = {"hash": file_hash(temporary / file), "names": list(tensors)}
+        file = temporary / f"rank_{rank:05d}.safetensors"
+        save_file(tensors, file)
+        sync(file)
+        part = {"hash": file_hash(file), "names": list(tensors)}
+        write_atomic(file.with_suffix(".json"), json.dumps(part))
         if rank:
-            write_atomic(temporary / f"rank_{rank:05d}.json", json.dumps(part))
             return final
-        (temporary / "tokenizer.json").write_text(tokenizer, encoding="utf-8")
-        files, index = {file: part["hash"]}, dict.fromkeys(part["names"], file)
-        for other in range(1, ranks):
-            part = taken(temporary / f"rank_{other:05d}.json", timeout)
-            files[f"rank_{other:05d}.safetensors"] = part["hash"]
-            index.update(dict.fromkeys(part["names"], f"rank_{other:05d}.safetensors"))
+        files, index = {}, {}
+        for file in (f"rank_{r:05d}.safetensors" for r in range(ranks)):
+            part = taken((temporary / file).with_suffix(".json"), timeout)
+            files[file] = part["hash"]
+            index.update(dict.fromkeys(part["names"], file))
+        write_atomic(temporary / "tokenizer.json", tokenizer)
         files["tokenizer.json"] = file_hash(temporary / "tokenizer.json")
         state = {"format": 1, "step": step, "files": files, **state, "index": index}
         write_atomic(temporary / "state.json", json.dumps(state, indent=1))
-        for path in (temporary / "tokenizer.json", temporary / "state.json", temporary):
-            sync(path)
+        sync(temporary)
         shutil.rmtree(final, ignore_errors=True)                              # a run that was resumed passes here again
         os.rename(temporary, final)
         write_atomic(out_dir / "latest", final.name + "\n")
@@ -600,7 +598,7 @@ def write_checkpoint(out_dir, step, tensors, state, tokenizer, rank=0, ranks=1, 
 
 
 def taken(path, timeout):
-    """The part that another rank reports in the JSON file `path`, once it does; the file is then removed."""
+    """The part that a rank reports in the JSON file `path`, once it does; the file is then removed."""
     until = time.time() + timeout
     while not path.exists():
         if time.time() > until:

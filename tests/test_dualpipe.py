@@ -23,7 +23,7 @@ import moe
 import parallel
 from bench_pipeline import Sleep, Sleeper
 from configs import UserError
-from dualpipe import KINDS, DualPipe, Step, bubble, layout, mirror, picture, schedule, simulate, source, stage
+from dualpipe import KINDS, DualPipe, Step, bubble, layout, mirror, picture, schedule, simulate, source
 from fp8 import Linear
 from model import target_totals
 from moe import Gate, GroupedLinear
@@ -98,14 +98,14 @@ def dualpipe_parts(entry):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_micro_batch_passes_the_stages_in_order(kind):
     for ranks, microbatches in [(4, 8), (6, 14)]:
-        stages = 2 * ranks if kind == "dualpipev" else ranks
+        stages, stage = 2 * ranks if kind == "dualpipev" else ranks, lambda rank, dir: layout(kind, ranks, rank)[1][dir]
         for rank in range(ranks):
             for dir in directions(kind, microbatches):
-                here, before = stage(kind, ranks, rank, dir), source(kind, ranks, rank, "F", dir)
+                here, before = stage(rank, dir), source(kind, ranks, rank, "F", dir)
                 after = source(kind, ranks, rank, "B", dir)
                 assert (before is None) == (here == 0) and (after is None) == (here == stages - 1)
-                assert before is None or stage(kind, ranks, *before) == here - 1
-                assert after is None or stage(kind, ranks, *after) == here + 1
+                assert before is None or stage(*before) == here - 1
+                assert after is None or stage(*after) == here + 1
 
 
 def released(n, r, m):

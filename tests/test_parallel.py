@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 import parallel
 from configs import UserError
 from model import V3, official_tensors
-from parallel import checkpoints, latest, load_checkpoint, read_state, save_checkpoint, write_atomic
+from parallel import checkpoints, latest, load_checkpoint, read_state, write_atomic, write_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 STATE = {"config": {"dim": 4}, "data": {}, "updates": 3}
@@ -30,7 +30,7 @@ def weights(seed=0):
 
 
 def save(out_dir, step=1, tensors=None):
-    return save_checkpoint(out_dir, step, tensors or weights(step), {**STATE}, "{}")
+    return write_checkpoint(out_dir, step, parallel.copied(tensors or weights(step)), {**STATE}, "{}")
 
 
 def names(folder):
@@ -163,21 +163,19 @@ def full(*_, **__):
     raise OSError(28, "No space left on device")
 
 
-@pytest.mark.parametrize("where", ["tensors", "tokenizer", "state.json", "sync", "rename"])
+@pytest.mark.parametrize("where", ["tensors", "tokenizer.json", "state.json", "sync", "rename"])
 def test_a_full_disk_leaves_the_previous_checkpoint_whole_and_nothing_half(where, tmp_path, monkeypatch):
     folder = save(tmp_path, 2)
-    before = snapshot(tmp_path)
+    before, atomic = snapshot(tmp_path), parallel.write_atomic
     with monkeypatch.context() as m:
         if where == "tensors":
             m.setattr(parallel, "save_file", lambda tensors, path: path.write_bytes(b"half") and full())
-        elif where == "tokenizer":
-            m.setattr(Path, "write_text", full)
-        elif where == "state.json":
-            m.setattr(parallel, "write_atomic", full)
         elif where == "sync":
             m.setattr(parallel.os, "fsync", full)
-        else:
+        elif where == "rename":
             m.setattr(parallel.os, "rename", full)
+        else:
+            m.setattr(parallel, "write_atomic", lambda path, text: full() if path.name == where else atomic(path, text))
         message = refused(save, tmp_path, 4)
     assert "step_00000004" in message and "No space left on device" in message and "--resume" in message
     assert snapshot(tmp_path) == before and latest(tmp_path) == folder and "step_00000004.tmp" not in names(tmp_path)
@@ -190,10 +188,10 @@ import resource, sys
 import torch, parallel
 from configs import UserError
 out, state = sys.argv[1], {"config": {"dim": 4}}
-parallel.save_checkpoint(out, 2, {"a": torch.ones(10)}, state, "{}")
+parallel.write_checkpoint(out, 2, {"a": torch.ones(10)}, state, "{}")
 resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 try:
-    parallel.save_checkpoint(out, 4, {"a": torch.ones(100_000)}, state, "{}")
+    parallel.write_checkpoint(out, 4, {"a": torch.ones(100_000)}, state, "{}")
 except UserError as e:
     print(e)
 """

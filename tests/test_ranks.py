@@ -331,6 +331,15 @@ def test_an_error_of_one_rank_ends_all_and_is_told_once_with_the_rank(tmp_path):
     assert said.count("Traceback") == 2                                                 # the error, and what it caused
 
 
+def test_an_error_of_the_thread_that_saves_is_told_as_its_ranks_own(tmp_path):
+    def spoil(rank):
+        save = parallel.save_file
+        parallel.save_file = lambda tensors, path: 1 / 0 if rank and "step_00000004" in str(path) else \
+            save(tensors, path)
+    codes, said = finish(*start(2, tmp_path / "run", fault=spoil, **{**SHORT, "timeout": 3}))
+    assert codes[1] == 1 and "rank 1 of 2 failed" in said and "ZeroDivisionError" in said and "in vain" not in said
+
+
 def test_a_mistake_that_shows_on_one_rank_is_one_line_with_the_rank(tmp_path):
     def no_disk(*_):
         raise OSError(28, "No space left on device")

@@ -36,9 +36,9 @@ def save_run(out_dir, step=7, more=None, state=None, **changes):
     """A run's folder with a checkpoint of a random model on bytes; returns the model."""
     config = tiny(vocab_size=260, **changes)
     v3 = lively(V3(config)).eval()
-    parallel.save_checkpoint(out_dir, step, {**official_tensors(v3), **(more or {})},
-                             {"config": {**dataclasses.asdict(config), **(state or {})}, "data": {}},
-                             tokenizer_json(BYTES).decode())
+    parallel.write_checkpoint(out_dir, step, parallel.copied({**official_tensors(v3), **(more or {})}),
+                              {"config": {**dataclasses.asdict(config), **(state or {})}, "data": {}},
+                              tokenizer_json(BYTES).decode())
     return v3
 
 

@@ -330,11 +330,10 @@ def installed_sources(folder):
     return folder
 
 
-# A run's changes to the config, and the run that it is compared with.
-QUALITY = {"BF16": ([], None), "BF16, another seed": (["--seed=1338"], "BF16"),
-           "FP8": (["--precision=fp8", "--moments=bf16"], "BF16"),
-           "FP8, another seed": (["--precision=fp8", "--moments=bf16", "--seed=1338"], "BF16, another seed"),
-           "BF16, BF16 moments": (["--moments=bf16"], "BF16"), "FP8, FP32 moments": (["--precision=fp8"], "BF16")}
+QUALITY = {"BF16": [], "BF16, another seed": ["--seed=1338"], "FP8": ["--precision=fp8", "--moments=bf16"],
+           "FP8, another seed": ["--precision=fp8", "--moments=bf16", "--seed=1338"],
+           "BF16, BF16 moments": ["--moments=bf16"], "FP8, FP32 moments": ["--precision=fp8"]}
+LONG = 2000                                   # steps; config/gpu.py's own are 1000
 
 
 def as_trained(folder, data, config, precision):
@@ -345,51 +344,48 @@ def as_trained(folder, data, config, precision):
     return evaluate(v3, data, Mesh())[0]
 
 
-def fp8_quality(options, limit=390):
+def fp8_quality(options, each=220):
     """configs/gpu.py with 32 sequences a step, in BF16 and FP8, each with two seeds (what a difference may be worth),
-    all at the same time, spread over the GPUs that there are: the training loss, and its mean over the last 100 steps
-    that all have done within `limit` seconds; then the first BF16 model's validation loss in FP8, without training.
-    --parts: other runs, --steps: 1000 is the config's own number; --data=FOLDER: other text than the sources of the
-    installed packages."""
+    all at the same time, spread over the GPUs that there are: the training loss, and its mean over the last 100 steps;
+    then the validation loss of the first BF16 model in FP8, without training. A run may take `each` seconds for 1000
+    steps, and as much more as there are runs on its GPU. --parts: other runs, --steps: 1000 is the config's own number;
+    --data=FOLDER: other text than the sources of the installed packages."""
     needs_fp8("fp8_quality")
-    names, steps = chosen(options, "parts", QUALITY), int(options.get("steps", 2000))
+    names, steps = chosen(options, "parts", QUALITY), int(options.get("steps", LONG))
     names = names if "parts" in options else names[:4]
     count = torch.cuda.device_count()
+    limit = each * steps / 1000 * -(-len(names) // count)
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")
     with tempfile.TemporaryDirectory() as folder:
         data = options.get("data") or installed_sources(f"{folder}/installed")
         common = ["configs/gpu.py", f"--data={data}", "--batch_size=32", "--eval_interval=0", "--save_interval=0",
                   "--eval_stride=1024", f"--max_steps={steps}", f"--decay_start={steps * 2 // 5}"]
-        config = configs.load(common)
-        text = Data(config)                                                       # once, for all to find
+        # Once, for all to find: a seed decides too how a text is cut into tokens.
+        text = {name: Data(configs.load([*common, *QUALITY[name]])) for name in names}[names[0]]
 
         def one(job):
             number, name = job
             try:
-                train(*common, *QUALITY[name][0], f"--out_dir={folder}/{number}", limit=limit, OMP_NUM_THREADS="4",
+                train(*common, *QUALITY[name], f"--out_dir={folder}/{number}", limit=limit, OMP_NUM_THREADS="4",
                       CUDA_VISIBLE_DEVICES=gpus[number % count])
             except subprocess.TimeoutExpired:
-                print(f"{name}: cut off after {limit} s", flush=True)
-            return lines(f"{folder}/{number}") if Path(folder, str(number), "metrics.jsonl").is_file() else ([], [])
+                print(f"{name}: cut off after {limit:.0f} s, and left out", flush=True)
+                return None
+            return lines(f"{folder}/{number}")
         with ThreadPoolExecutor(len(names)) as pool:
-            done = list(pool.map(one, enumerate(names)))
-        steps, runs = min(len(rows) for rows, _ in done), []
-        if not steps:
-            raise UserError(f"bench.py fp8_quality: one of the runs has not done a step within {limit} s")
-        losses = {name: statistics.mean(r["loss"] for r in rows[:steps][-100:]) for name, (rows, _) in zip(names, done)}
-        for name, (rows, evals) in zip(names, done):
-            changes, other = QUALITY[name]
-            runs.append({"name": name, "changes": changes, "loss": losses[name], "against": other,
-                         "difference": losses[name] / losses[other] - 1 if other in losses else None,
-                         "val_loss": evals[-1]["val_loss"] if evals else None, "seconds": rows[-1]["time"],
-                         "tokens_per_s": statistics.median(r["tokens_per_s"] for r in rows),
-                         "curve": [round(r["loss"], 5) for r in rows[:steps]]})
-            print({k: v for k, v in runs[-1].items() if k != "curve"}, flush=True)
+            done = {name: run for name, run in zip(names, pool.map(one, enumerate(names))) if run}
+        if not done:
+            raise UserError(f"bench.py fp8_quality: no run ended within {limit:.0f} s; take fewer --parts at a time")
+        runs = [{"name": name, "changes": QUALITY[name], "loss": statistics.mean(r["loss"] for r in rows[-100:]),
+                 "val_loss": evals[-1]["val_loss"], "seconds": rows[-1]["time"],
+                 "tokens_per_s": statistics.median(r["tokens_per_s"] for r in rows),
+                 "curve": [round(r["loss"], 5) for r in rows]} for name, (rows, evals) in done.items()]
+        for run in runs:
+            print({k: v for k, v in run.items() if k != "curve"}, flush=True)
         numbers = dict(steps=steps, gpus=min(count, len(names)), data=text.identity, runs=runs)
-        where = "fp8_quality" if "steps" not in options else f"fp8_quality_{options['steps']}"
-        command = " ".join(["python bench.py fp8_quality", *(f"--{k}={v}" for k, v in options.items() if k != "data")])
-        record(where, command, **numbers)
-        if done[0][1]:                                                            # it came to its end, and was saved
-            numbers["first_in_fp8"] = as_trained(f"{folder}/0", text, config, "fp8")
-            print(f"the first of them, in FP8: {numbers['first_in_fp8']:.4f}", flush=True)
-            record(where, command, **numbers)
+        if "BF16" in done:
+            config = configs.load([*common, *QUALITY["BF16"]])
+            numbers["bf16_in_fp8"] = as_trained(f"{folder}/{names.index('BF16')}", text, config, "fp8")
+            print(f"BF16's model in FP8: validation {numbers['bf16_in_fp8']:.4f}", flush=True)
+    command = " ".join(["python bench.py fp8_quality", *(f"--{k}={v}" for k, v in options.items() if k != "data")])
+    record("fp8_quality" if steps == LONG else f"fp8_quality_{steps}", command, **numbers)

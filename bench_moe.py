@@ -48,7 +48,7 @@ def grouped_experts(x, indices, weights, w13, w2):
 
 def moe_forms():
     return {"compiled": torch.compile(grouped_experts, dynamic=False), "Triton": experts_fp8.routed_triton,
-            "Triton, FP8": lambda *inputs: experts_fp8.routed_triton(*inputs, fp8.Recipe())}
+            "Triton, FP8": lambda *inputs: experts_fp8.routed_triton(*inputs, fp8.Recipe(pow2=True))}
 
 
 def moe_layer(name):

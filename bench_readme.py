@@ -83,6 +83,12 @@ def many_ranks(m):
     return "\n".join(out)
 
 
+def counterpart(name):
+    """The run of bench.py fp8_quality that another is compared with: BF16 of the same seed, or its first seed."""
+    seed = ", another seed"
+    return None if name == "BF16" else "BF16" + seed if name.endswith(seed) and name != "BF16" + seed else "BF16"
+
+
 def tables():
     """{name of a marked place in the README: its text}, from the committed results."""
     t, c, a, d, s = load("tiny"), load("char"), load("ablations"), load("decode"), load("speculation")
@@ -205,19 +211,24 @@ def tables():
             *(line(f"... {what}", lambda r, what=what: GB(r["bytes"][what])) for what in sides[0]["bytes"]), "",
             f"{part['gpu']}. FP8 against BF16: {part['speedup']:.2f}x the speed, {part['memory']:.2f}x the memory."])
     if quality:
-        short = {r["name"]: r for r in (load("fp8_quality_1000") or {"runs": []})["runs"]}
-        steps, tokens = quality["steps"], quality["data"]["train_tokens"]
-        cell = lambda r: (f"{r['loss']:.4f}" + (f" ({r['difference']:+.2%})" if r["against"] else "") + " | "
-                          + (f"{r['val_loss']:.4f}" if r["val_loss"] else "-")) if r else "- | -"
-        both = {r["name"]: r for r in quality["runs"]}
+        both = [{r["name"]: r for r in q["runs"]} for q in (load("fp8_quality_1000"), quality) if q]
+        steps = [len(next(iter(runs.values()))["curve"]) for runs in both]
+
+        def cell(runs, name):
+            if name not in runs:
+                return "- | -"
+            run, other = runs[name], runs.get(counterpart(name))
+            apart = f" ({run['loss'] / other['loss'] - 1:+.2%})" if other else ""
+            return f"{run['loss']:.4f}{apart} | " + (f"{run['val_loss']:.4f}" if run["val_loss"] else "-")
         out["fp8_quality"] = "\n".join([
-            f"| | training loss, last 100 of 1,000 steps | validation | last 100 of {steps:,} steps | validation |",
-            "|---|---|---|---|---|",
-            *(f"| {name} | {cell(short.get(name))} | {cell(both.get(name))} |" for name in {**both, **short}), "",
-            f"{quality['gpu']}; {steps * 32 * 1024 / tokens:.2f} passes over the text in the longer runs."
-            + (f" The first of them, trained in BF16, multiplied in FP8: validation {low:.4f} "
-               f"({low / quality['runs'][0]['val_loss'] - 1:+.2%})." if (low := quality.get("first_in_fp8")) else ""),
-            "",
+            "| |" + "".join(f" training loss, last 100 of {n:,} steps | validation |" for n in steps),
+            "|---|" + "---|---|" * len(steps),
+            *(f"| {name} | " + " | ".join(cell(runs, name) for runs in both) + " |"
+              for name in {name: None for runs in reversed(both) for name in runs}), "",
+            f"{quality['gpu']}; {steps[-1] * 32 * 1024 / quality['data']['train_tokens']:.2f} passes over the text in "
+            f"the longest runs." + (f" BF16's model multiplied in FP8: validation {low:.4f} "
+                                    f"({low / both[-1]['BF16']['val_loss'] - 1:+.2%})."
+                                    if (low := quality.get("bf16_in_fp8")) else ""), "",
             "![loss in BF16 and FP8, and their distance](results/fp8_quality.png)"])
     if small:
         whole, low8 = small["runs"]
@@ -248,11 +259,13 @@ def tables():
                 f"{cell(find(theirs.get(kind), ranks))}" for ranks in (4, 8)) + " |"
               for kind in (*dualpipe.KINDS, "zbv"))])
     if o:
+        least = min(o["without_ms"], *(r["in_turns_ms"] for r in o["rows"]))               # a pair at its fastest
+        hidden = lambda r: 1 - (r["in_turns_ms"] - least) / (r["one_after_the_other_ms"] - least)
         out["overlap"] = "\n".join([
             "| exchanges / arithmetic | no exchanges, ms | one after the other | in turns | hidden |",
             "|---|---|---|---|---|",
             *(f"| {r['travel_ms'] / o['without_ms']:.2f} | {o['without_ms']:.1f} | {r['one_after_the_other_ms']:.1f} | "
-              f"{r['in_turns_ms']:.1f} | {min(r['hidden'], 1):.0%} |"
+              f"{r['in_turns_ms']:.1f} | {hidden(r):.0%} |"
               for r in sorted(o["rows"], key=lambda r: r["travel_ms"])),
             "", f"{o['gpu']}, two of {o['shape']}, in each chunk." + (
                 f" In the figure {o['timeline']['under_kernels']:.0%} of the copies lie under kernels."
@@ -435,10 +448,10 @@ def readme(options):
         left.set(xlabel="step", ylabel="nats per token", title="config/gpu.py: training loss")
         left.legend()
         smooth = {name: [statistics.mean(c[i - 50:i]) for i in range(50, len(c) + 1)] for name, c in curves.items()}
-        for r in quality["runs"]:
-            if r["against"]:
-                apart = [100 * (b / a - 1) for a, b in zip(smooth[r["against"]], smooth[r["name"]])]
-                right.plot(range(50, 50 + len(apart)), apart, label=r["name"], linewidth=0.8)
+        for name in smooth:
+            if other := smooth.get(counterpart(name)):
+                right.plot(range(50, 50 + len(other)), [100 * (b / a - 1) for a, b in zip(other, smooth[name])],
+                           label=name, linewidth=0.8)
         right.axhspan(-0.25, 0.25, color="0.9")
         right.set(xlabel="step", ylabel="% above, mean of 50 steps", title="from BF16 of the same seed; BF16's seeds")
         right.legend()

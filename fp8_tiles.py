@@ -1,8 +1,8 @@
 """Numbers in FP8: formats, tiles with a scale each, and how a tensor is cut into them (section 3.3.2).
 
 quantize_torch says what every kernel here gives, bit for bit. The kernels make one pass over memory: they read a tensor
-once and write its 1x128 tiles, its 128x1 tiles as the transpose, or both; and what stands before the quantization in a
-layer, an RMSNorm or a SwiGLU, is computed on the way. fp8.py tells what the tiles are for.
+once and write its 1x128 tiles, its 128x1 tiles as the transpose, or both; and a SwiGLU before the quantization (or an
+RMSNorm, which no layer here asks for) is computed on the way. fp8.py tells what the tiles are for.
 
 Shapes: M rows, K columns, the numbers along K sharing scales; m = ceil(M/128), k = ceil(K/128).
 """

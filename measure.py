@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -60,8 +61,9 @@ def record(section, command, **numbers):
 
 
 def chosen(options, key, there):
-    """The names in --KEY=A,B,..., in their order; without it all that are `there`. UserError names what is not."""
-    names = options[key].split(",") if key in options else list(there)
+    """The names in --KEY=A,B,..., in their order; without it all that are `there`. UserError names what is not. A comma
+    before a blank is part of a name."""
+    names = re.split(r",(?! )", options[key]) if key in options else list(there)
     wrong = next((name for name in names if name not in there), None)
     if wrong is not None:
         raise UserError(f"--{key}={options[key]}: there are {', '.join(there)}, and no {wrong!r}")

@@ -329,8 +329,10 @@ def failure(mesh, e):
             message = f"{who} waited in vain" + (f"; no answer from rank {names}: gone, or it hangs" if names else "")
         mesh.store.set("told", "")
         return code, message
-    except dist.DistError:
-        return code, f"{who} failed, and rank 0, which keeps the store, is gone"
+    except dist.DistNetworkError:
+        return code, f"{who} failed, and whoever keeps the store, rank 0 or torchrun, is gone"
+    except dist.DistError:                                     # the wait took too long
+        return code, f"{who} failed after another rank, which has ended before it could say why"
 
 
 def farewell(mesh):

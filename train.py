@@ -518,11 +518,12 @@ def run(c, device, mesh, newest, command):
     # Everything that can be wrong with the input is found here, before the first long work.
     data = mesh.one_first(lambda: Data(c))
     mesh.same("data", data.identity)
+    if newest:
+        check_text(data, *newest)
     a, peak = plan(c, device, mesh, data), backend.peak_flops(device, c.precision)
     training, start = Training(c, device, mesh, c.init_from and not newest), 0
     if newest:
         folder, state = newest
-        check_text(data, folder, state)
         training.resume(folder, state)
         start = state["step"]
         print(f"resumed from {folder} at step {start}")

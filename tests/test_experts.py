@@ -26,6 +26,7 @@ from moe import MoE, routed_torch
 
 DEVICE = "cuda" if GPU else "cpu"
 pytestmark = [no_triton, off_hopper]
+KERNELS, REFERENCE = (fp8.Recipe(pow2=True, reference=reference) for reference in (False, True))
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not GPU, reason="needs a CUDA GPU")]
 NAMES = "x", "gate weights", "w13", "w2"
 
@@ -179,15 +180,14 @@ def fp8_here(monkeypatch):
     (40, 2, 2, 144, 128, "even", 0), (33, 3, 2, 160, 128, "hot", 0.3), (150, 1, 1, 128, 256, "even", 0)])
 def test_in_fp8_the_kernels_equal_the_reference_and_themselves_bit_for_bit(N, E, K, D, F, load, elsewhere, fp8_here):
     indices, (leaves, dout) = choices(N, E, K, load, elsewhere), inputs(N, E, K, D, F)
-    ours = run(routed_triton, leaves, indices, dout, fp8.Recipe())
+    ours = run(routed_triton, leaves, indices, dout, KERNELS)
     # Where a sum rounds otherwise, a number moves now and then to the neighbouring one of E4M3, 6% away. That a GPU's
     # sums have 14 bits moves so many that the reference with such sums is 1e-3 to 6e-3 from itself without; in what is
     # left, its own exp, it is a few.
-    reference = fp8.Recipe(pow2=True, reference=True)
-    compare(ours, run(routed_torch, leaves, indices, dout, reference), 2e-3 if GPU else 1e-6)
+    compare(ours, run(routed_torch, leaves, indices, dout, REFERENCE), 2e-3 if GPU else 1e-6)
     exact = run(routed_torch, double(leaves), indices, dout)
     assert all(0.01 < error(a, b) < 0.1 for a, b in zip(ours, exact))                       # it is FP8, and no worse
-    again = run(routed_triton, leaves, indices, dout, fp8.Recipe())
+    again = run(routed_triton, leaves, indices, dout, KERNELS)
     assert all(torch.equal(a, b) for a, b in zip(ours, again))
 
 
@@ -236,12 +236,12 @@ def test_in_bf16_the_kernels_are_no_further_from_float64_than_torch_is(N, E, K, 
 def test_in_fp8_at_real_sizes_the_kernels_are_as_near_as_the_reference(N, E, K, D, F):
     indices, (leaves, dout) = choices(N, E, K), inputs(N, E, K, D, F, torch.bfloat16)
     exact = run(routed_torch, double(leaves), indices, dout)
-    ours = run(routed_triton, leaves, indices, dout, fp8.Recipe())
-    reference = run(routed_torch, leaves, indices, dout, fp8.Recipe(pow2=True, reference=True))
+    ours = run(routed_triton, leaves, indices, dout, KERNELS)
+    reference = run(routed_torch, leaves, indices, dout, REFERENCE)
     for name, a, b, c in zip(("output", *NAMES), ours, reference, exact):
         print(f"{name}: relative Frobenius error: kernels {error(a, c):.3e}, reference {error(b, c):.3e}")
         assert error(a, c) <= 1.02 * error(b, c)
-    assert all(torch.equal(a, b) for a, b in zip(ours, run(routed_triton, leaves, indices, dout, fp8.Recipe())))
+    assert all(torch.equal(a, b) for a, b in zip(ours, run(routed_triton, leaves, indices, dout, KERNELS)))
 
 
 @pytest.mark.parametrize("N, E, K, D, F", [pytest.param(*shape, marks=gpu) for shape in (
@@ -272,7 +272,7 @@ def layer():
     return moe
 
 
-@pytest.mark.parametrize("recipe", [pytest.param(r, marks=gpu) for r in (None, fp8.Recipe())], ids=["bf16", "fp8"])
+@pytest.mark.parametrize("recipe", [pytest.param(r, marks=gpu) for r in (None, KERNELS)], ids=["bf16", "fp8"])
 def test_forward_and_backward_are_captured_as_a_cuda_graph(recipe):
     indices, (leaves, dout) = choices(1000, 64, 6), inputs(1000, *BENCH, torch.bfloat16)
     expected = run(routed_triton, leaves, indices, dout, recipe)                     # compiles outside of the graph

@@ -10,6 +10,8 @@ import bench_readme
 import configs
 import measure
 import sample
+from bench_fp8 import FP8_PARTS, QUALITY
+from bench_moe import STEPS
 
 HERE = Path(__file__).resolve().parent.parent
 README = (HERE / "README.md").read_text(encoding="utf-8")
@@ -67,6 +69,12 @@ def test_a_mistaken_bench_command_is_answered_in_one_line(argv, said):
     with pytest.raises(configs.UserError, match=said) as e:
         bench.main(argv)
     assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("there", [FP8_PARTS, QUALITY, STEPS], ids=["fp8", "fp8_quality", "step"])
+def test_every_part_of_a_section_can_be_chosen_alone_and_beside_others(there):
+    assert all(measure.chosen({"parts": name}, "parts", there) == [name] for name in there)
+    assert measure.chosen({"parts": ",".join(there)}, "parts", there) == list(there) == measure.chosen({}, "parts", there)
 
 
 def test_a_run_of_some_parts_keeps_the_others_results_only_of_this_machine_and_day(tmp_path, monkeypatch):

@@ -74,7 +74,8 @@ def test_a_mistaken_bench_command_is_answered_in_one_line(argv, said):
 @pytest.mark.parametrize("there", [FP8_PARTS, QUALITY, STEPS], ids=["fp8", "fp8_quality", "step"])
 def test_every_part_of_a_section_can_be_chosen_alone_and_beside_others(there):
     assert all(measure.chosen({"parts": name}, "parts", there) == [name] for name in there)
-    assert measure.chosen({"parts": ",".join(there)}, "parts", there) == list(there) == measure.chosen({}, "parts", there)
+    for options in ({}, {"parts": ",".join(there)}):
+        assert measure.chosen(options, "parts", there) == list(there)
 
 
 def test_a_run_of_some_parts_keeps_the_others_results_only_of_this_machine_and_day(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """bench.py fp8, fp8_error, fp8_tiny, fp8_loss and fp8_quality: what FP8 gains, and what it costs."""
 import math
 import os
+import shlex
 import statistics
 import subprocess
 import tempfile
@@ -387,5 +388,5 @@ def fp8_quality(options, each=220):
             config = configs.load([*common, *QUALITY["BF16"]])
             numbers["bf16_in_fp8"] = as_trained(f"{folder}/{names.index('BF16')}", text, config, "fp8")
             print(f"BF16's model in FP8: validation {numbers['bf16_in_fp8']:.4f}", flush=True)
-    command = " ".join(["python bench.py fp8_quality", *(f"--{k}={v}" for k, v in options.items() if k != "data")])
+    command = shlex.join(["python", "bench.py", "fp8_quality", *(f"--{k}={v}" for k, v in options.items() if k != "data")])
     record("fp8_quality" if steps == LONG else f"fp8_quality_{steps}", command, **numbers)

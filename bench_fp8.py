@@ -388,5 +388,6 @@ def fp8_quality(options, each=220):
             config = configs.load([*common, *QUALITY["BF16"]])
             numbers["bf16_in_fp8"] = as_trained(f"{folder}/{names.index('BF16')}", text, config, "fp8")
             print(f"BF16's model in FP8: validation {numbers['bf16_in_fp8']:.4f}", flush=True)
-    command = shlex.join(["python", "bench.py", "fp8_quality", *(f"--{k}={v}" for k, v in options.items() if k != "data")])
+    given = (f"--{key}={value}" for key, value in options.items() if key != "data")
+    command = shlex.join(["python", "bench.py", "fp8_quality", *given])
     record("fp8_quality" if steps == LONG else f"fp8_quality_{steps}", command, **numbers)

@@ -76,7 +76,8 @@ if backend.has_triton():
 class Recipe:
     """How a Linear, or a stack of experts, runs in FP8."""
     kept: Format = E4M3                       # to which its input is rounded for Wgrad
-    pow2: bool = False                        # scales that are powers of two: of its input; of experts, of what travels
+    pow2: bool = False                        # scales of powers of two: of its input, or of experts, of what travels to
+                                              # them: the input of the first product, and the second one's dy
     reference: bool = False                   # plain torch, also where the device has FP8
 
 

@@ -572,7 +572,6 @@ def run(c, device, mesh, newest, command):
             if code:
                 break
         else:
-            report(c.max_steps, training, data, log)
             code = 0
     if code:
         python = "python" if mesh.world == 1 else \
@@ -580,6 +579,7 @@ def run(c, device, mesh, newest, command):
         print(f"saved {parallel.latest(c.out_dir)}; go on with: {python} train.py {command} --resume "
               f"--out_dir={shlex.quote(c.out_dir)}")
         return code
+    report(c.max_steps, training, data, log)                   # all is saved: whoever interrupts this loses nothing
     finish(c, training.modules[0], data, log, mesh, device)
     return 0
 

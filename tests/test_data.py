@@ -35,7 +35,8 @@ from tokenizer import (
 SOURCE = Path(data.__file__).read_text(encoding="utf-8")
 # Where pre-tokenizers and their imitations part: runs of blanks before digits and words, scripts that meet, characters
 # that are neither letter nor mark nor white space.
-TRICKY = list("ab é1 2  \n\r\t.,(_:'ー中文あア・゠゛𠮷①½٣👩\u200d💻\u0301\ufe0f\x1b\x07\u3040|^~`\u2028\xa0\u00ad가")
+TRICKY = list("ab é1 2  \n\r\t.,(_:'ー中文あア・゠゛𠮷①½٣"
+              "👩\u200d💻\u0301\ufe0f\x1b\x07\u3040|^~`\u2028\xa0\u00ad가")
 TEXTS = ["def f(x):\n    return x.append(12345)  # é\n", "It's 10 o'clock,  isn't it?\r\n\r\n",
          "   12 中文abc、あア・イ 　12",
          "👩\u200d💻 naïve \x1b[0m\x07", "<|eos_token|> is text here"]

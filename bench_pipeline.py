@@ -149,7 +149,7 @@ class Detour(moe.Sent):
     def dispatch(self, *tensors):
         return self.travel(*tensors)
 
-    there = there8 = back = dispatch
+    there = back = dispatch
 
 
 def intervals(trace):

@@ -295,7 +295,7 @@ def gemm_few(a, b, y):
     parts = y if shares == 1 else torch.empty(shares, M, N, dtype=torch.float32, device=y.device)
     few_kernel[blocks, shares](
         descriptor(a, BLOCK_M), descriptor(b, 64), parts, a.scale, b.scale, M, N, steps, triton.cdiv(steps, shares),
-        M * N, parts.stride(-2), *a.scale.stride(), *b.scale.stride(), BLOCK_M, {16: 6, 32: 6, 64: 4, 128: 4}[BLOCK_M])
+        M * N, parts.stride(-2), *a.scale.stride(), *b.scale.stride(), BLOCK_M, 6 if BLOCK_M <= 32 else 4)
     if shares > 1:
         sum_kernel[triton.cdiv(N, 1024), M](parts, y, N, M * N, y.stride(0), shares, 1024)
     return y

@@ -541,21 +541,17 @@ class Sent:
         sizes = torch.cat([leaving[:, 0], arriving[:, 0], onward[:, 0], coming[:, 0], coming[:, 1:].sum(0)])
         return [part.tolist() for part in sizes.cpu().split([nodes, nodes, locals, locals, 1])]
 
-    def there(self, *tensors):
+    def there(self, gradient):
+        """The tokens' way, for a gradient: in FP8 where they travel so."""
+        message = pack(gradient) if self.ranks.fp8 else (gradient,)
         for hop in self.hops:
-            tensors = hop.there(*tensors)
-        return tensors
+            message = hop.there(*message)
+        return (unpack(*message, gradient.dtype),) if self.ranks.fp8 else message
 
     def back(self, *tensors):
         for hop in reversed(self.hops):
             tensors = hop.back(*tensors)
         return tensors
-
-    def there8(self, gradient):
-        """The way there of a gradient, in FP8 where the tokens travel so."""
-        if not self.ranks.fp8:
-            return self.there(gradient)
-        return (unpack(*self.there(*pack(gradient)), gradient.dtype),)
 
     # An exchange is under way between `start` and `finish`. Where they are in two parts of the layer, all that is
     # computed between the two hides it. What stands for it meanwhile is a tensor of no size, which ties their autograd
@@ -704,7 +700,7 @@ class MoE(nn.Module):
         """here + the routed experts: [B, T, D]."""
         if rows is None:
             return here
-        out, = sent.finish(Sent.there8, rows)
+        out, = sent.finish(Sent.there, rows)
         return here + out.unflatten(0, sent.routing.shape)
 
     def forward(self, x):

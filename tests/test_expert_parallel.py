@@ -212,7 +212,7 @@ def run_fp8(nodes, locals, rank, between, inside):
         arrived.append(tokens.detach().float())
         grads.append(own.grad)
         before = sum(ranks.bytes_sent.values())
-        same = torch.equal(there.there8(x[0])[0], tokens)                      # a gradient goes the tokens' way
+        same = torch.equal(there.there(x[0])[0], tokens)                      # a gradient goes the tokens' way
         gradients_sent.append(sum(ranks.bytes_sent.values()) - before)
     plain, low = arrived
     return {"ratio": sent[1] / sent[0] if sent[0] else 0.5, "grads": torch.equal(*grads), "same": same,
